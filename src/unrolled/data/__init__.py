@@ -1,0 +1,1 @@
+"""Text becomes windows of ids. Knows no model and no recipe: it hands over integer tensors."""

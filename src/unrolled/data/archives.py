@@ -1,0 +1,112 @@
+"""Texts out of a tar or zip archive from a stranger.
+
+Nothing is ever unpacked to the path a member names: the wanted members' bytes are copied to files whose names are
+ours. Links, devices, paths that lead outside, too many members and too many bytes are refused.
+"""
+
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from unrolled.errors import UnrolledError
+from unrolled.files import written_whole
+
+MAX_MEMBERS = 10_000
+MAX_BYTES = 4 << 30
+"""Most bytes that an archive may unpack to, all members together."""
+
+_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, OSError)
+
+
+def is_archive(path: Path) -> bool:
+    """Whether the file's content is a tar (plain, gz, bz2, xz) or a zip, whatever it is called."""
+    return zipfile.is_zipfile(path) or tarfile.is_tarfile(path)
+
+
+def extract(path: Path, choose: Callable[[list[str]], dict[str, str]], folder: Path) -> dict[str, Path]:
+    """Copies the members that `choose` picks.
+
+    Args:
+        path: the archive.
+        choose: given the names of all files in it, returns {file name to write: member's name}.
+        folder: where the copies go.
+
+    Raises:
+        UnrolledError: the archive is damaged or unsafe.
+    """
+    try:
+        with _members(path) as members:
+            chosen = choose(list(members))
+            left = MAX_BYTES
+            for target, member in chosen.items():
+                with members[member]() as source, written_whole(folder / target) as copy:
+                    while block := source.read(1 << 20):
+                        left -= len(block)
+                        if left < 0:
+                            raise UnrolledError(f"{path.name} unpacks to more than {MAX_BYTES:,} bytes")
+                        copy.write(block)
+    except _DAMAGED as error:
+        raise UnrolledError(f"{path.name} cannot be unpacked: {_first_line(error)}") from error
+    return {target: folder / target for target in chosen}
+
+
+@contextmanager
+def _members(path: Path) -> Iterator[dict[str, Callable[[], IO[bytes]]]]:
+    """The regular files of the archive, each with what opens it.
+
+    A tar's members are checked as their headers come by, before their content is unpacked to find the next.
+    """
+    files: dict[str, Callable[[], IO[bytes]]] = {}
+    guard = _Guard(path.name)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                kind = stat.S_IFMT(info.external_attr >> 16)
+                guard.admit(info.filename, info.file_size, kind in (0, stat.S_IFREG, stat.S_IFDIR))
+                if not info.is_dir():
+                    files[info.filename] = partial(archive.open, info)
+            yield files
+    else:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                guard.admit(member.name, member.size, member.isreg() or member.isdir())
+                if member.isreg():
+                    files[member.name] = partial(_open_member, archive, member)
+            yield files
+
+
+def _open_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
+    content = archive.extractfile(member)
+    assert content is not None  # only for links and devices, which are refused above
+    return content
+
+
+class _Guard:
+    """Counts an archive's members and bytes, and refuses what a plain archive of texts never holds."""
+
+    def __init__(self, archive_name: str) -> None:
+        self.archive_name = archive_name
+        self.count = self.total = 0
+
+    def admit(self, name: str, size: int, plain: bool) -> None:
+        parts = PurePosixPath(name.replace("\\", "/")).parts
+        self.count += 1
+        self.total += size
+        if name.startswith(("/", "\\")) or ".." in parts or (parts and ":" in parts[0][1:2]):
+            raise UnrolledError(f"{self.archive_name}: {name!r} would lie outside its folder; the archive is refused")
+        if not plain:
+            raise UnrolledError(f"{self.archive_name}: {name!r} is a link or device; the archive is refused")
+        if self.count > MAX_MEMBERS:
+            raise UnrolledError(f"{self.archive_name} holds more than {MAX_MEMBERS:,} files; the archive is refused")
+        if self.total > MAX_BYTES:
+            raise UnrolledError(f"{self.archive_name} unpacks to more than {MAX_BYTES:,} bytes; the archive is refused")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,76 @@
+"""ids -> B parallel streams -> (T, B) windows.
+
+The text is laid out as B streams side by side; a window is the next T rows of all of them. The model carries its
+state from one window to the next, so stream b of window k+1 continues stream b of window k:
+
+    ids       0 1 2 3 4 5 6 7 8 9 10 11 12 13      B = 2, T = 3
+    stream 0  0 1 2 3 4 5 6                        window 0  inputs 0 1 2 / 7 8 9       targets 1 2 3 / 8 9 10
+    stream 1  7 8 9 10 11 12 13                    window 1  inputs 3 4 5 / 10 11 12    targets 4 5 6 / 11 12 13
+
+Ids that do not fill a whole row of streams or a whole last window are dropped, as the reference reader does
+(TensorFlow's PTB tutorial, `ptb_producer`). Exact evaluation keeps that tail: `drop_tail=False`.
+"""
+
+from collections.abc import Iterator
+from typing import final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unrolled.errors import UnrolledError
+
+
+@final
+class Windows:
+    """The windows of one pass over `ids`, by number or in order.
+
+    `windows[k]` is `(inputs, targets)`, each (T, B) int64, targets one position on. The cursor is the caller's: a
+    pass broken off after window k goes on with `windows.since(k + 1)`. Only the rows of the asked-for window are read,
+    so memory-mapped ids stay on the disk.
+
+    Args:
+        ids: (N,), any integer type.
+        batch_size: B, the number of parallel streams.
+        num_steps: T, the length of a window.
+        drop_tail: leave out a last window shorter than T.
+
+    Raises:
+        UnrolledError: there are too few ids for a single window.
+    """
+
+    def __init__(self, ids: np.ndarray, batch_size: int, num_steps: int, drop_tail: bool = True) -> None:
+        length = len(ids) // batch_size
+        self.streams = ids[: length * batch_size].reshape(batch_size, length)  # (B, N // B), a view
+        self.num_steps = num_steps
+        self.num_windows = (length - 1) // num_steps if drop_tail else -(-(length - 1) // num_steps)
+        if self.num_windows < 1:
+            need = batch_size * ((num_steps if drop_tail else 1) + 1)
+            raise UnrolledError(
+                f"{len(ids):,} tokens are too few for {batch_size} streams in windows of {num_steps} steps, which take "
+                f"at least {need:,}; lower --training.batch-size or --training.num-steps, or give more text"
+            )
+
+    def __len__(self) -> int:
+        return self.num_windows
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if not 0 <= index < self.num_windows:
+            raise IndexError(f"window {index} of {self.num_windows}")
+        first = index * self.num_steps
+        rows = self.streams[:, first : first + self.num_steps + 1].astype(np.int64)
+        columns = torch.from_numpy(rows).t().contiguous()  # (T + 1, B)
+        return columns[:-1], columns[1:]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.since(0)
+
+    def since(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The windows from number `index` to the last."""
+        return (self[k] for k in range(index, self.num_windows))
+
+    @property
+    def num_targets(self) -> int:
+        """How many targets one pass counts."""
+        per_stream = min(self.streams.shape[1] - 1, self.num_windows * self.num_steps)
+        return per_stream * self.streams.shape[0]

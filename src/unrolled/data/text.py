@@ -1,0 +1,493 @@
+"""A corpus by name, path or archive -> the text of train, valid and test, checked by hash.
+
+Whatever it came from, a split is a range of bytes of a plain file, so nothing here grows with the corpus:
+
+    'ptb'  mine.txt  folder/  texts.tgz  -     ->  Corpus{train, valid, test: Split(file, start, stop)}  ->  str pieces
+"""
+
+import codecs
+import hashlib
+import os
+import re
+import sys
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from unrolled.data import archives, embedded
+from unrolled.errors import UnrolledError, did_you_mean
+from unrolled.files import sha256_of, write_whole, written_whole
+
+SPLITS = ("train", "valid", "test")
+_SHARES = (0.90, 0.95)
+"""Where valid and test begin in a text that has no splits of its own."""
+_PIECE = 1 << 18
+"""Bytes read at a time: the words of a piece stay in the processor's cache."""
+_LONGEST_WORD = 1 << 20
+_WHITE_SPACE = b" \n\r"
+
+
+@dataclass(frozen=True)
+class Split:
+    """The bytes `start` to `stop` of a file, and their SHA-256."""
+
+    path: Path
+    start: int
+    stop: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The text of some splits. `note` says how it was split, where that was done here; `encoding` None means bytes."""
+
+    name: str
+    splits: dict[str, Split]
+    note: str = ""
+    encoding: str | None = "utf-8"
+
+
+@dataclass(frozen=True)
+class KnownCorpus:
+    """What is known of a corpus with a name: where it stands, under which file names, and how it is checked."""
+
+    title: str
+    url: str = ""
+    archive: str = ""
+    members: tuple[str, ...] = ()
+    sha256: tuple[str, ...] = ()
+
+
+KNOWN: dict[str, KnownCorpus] = {
+    "stdlib": KnownCorpus("the documentation that this Python carries, 350,000 words"),
+    "toy": KnownCorpus("sentences of a small grammar whose entropy rate is known exactly"),
+    "ptb": KnownCorpus(
+        "Penn Treebank, Mikolov's preparation: 929,589 tokens, 10,000 words",
+        url="http://www.fit.vutbr.cz/~imikolov/rnnlm/simple-examples.tgz",
+        archive="simple-examples.tgz",
+        members=("ptb.train.txt", "ptb.valid.txt", "ptb.test.txt"),
+        sha256=(
+            "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
+            "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
+            "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
+        ),
+    ),
+    "text8": KnownCorpus(
+        "the first 100,000,000 characters of Wikipedia in 2006, a-z and space; a prefix of it will do",
+        url="http://mattmahoney.net/dc/text8.zip",
+        archive="text8.zip",
+        members=("text8",),
+    ),
+}
+_TEXT8_SIZE, _TEXT8_CRC32 = 100_000_000, 0x7D6BE66F
+
+
+def cache_folder() -> Path:
+    """Where downloads and prepared ids are kept: `UNROLLED_CACHE`, or the user's cache folder."""
+    if named := os.environ.get("UNROLLED_CACHE"):
+        return Path(named)
+    import pooch
+
+    return Path(pooch.os_cache("unrolled"))
+
+
+# ------------------------------------------------------------------------------------------------ opening a corpus
+
+
+def open_corpus(name: str, encoding: str | None = "utf-8", fetch_missing: bool = True) -> Corpus:
+    """A corpus by its name (`KNOWN`), or a text file, a folder or archive with splits, or `-` for standard input.
+
+    A known corpus is looked for in `UNROLLED_DATA`, then among what was imported or fetched, then fetched. A text
+    without splits is cut 90/5/5 in its order, at line ends where it has lines.
+
+    Args:
+        name: as above.
+        encoding: how the bytes become text; None leaves them bytes.
+        fetch_missing: whether a known corpus that is not here may be downloaded.
+
+    Raises:
+        UnrolledError: there is no such corpus, or it is damaged, empty or unsafe; the message says what to do.
+    """
+    if name in ("stdlib", "toy"):
+        return _embedded(name)
+    if name in KNOWN:
+        source = find(name)
+        if source is None and fetch_missing:
+            source = fetch(name)
+        if source is None:
+            raise UnrolledError(f"{name} is not on this machine; unrolled data fetch {name}")
+        return _known(name, source)
+    path = _spool(sys.stdin.buffer) if name == "-" else Path(name)
+    if not path.exists():
+        hint = did_you_mean(name, KNOWN) or "; give a file, a folder, an archive, - or one of " + ", ".join(KNOWN)
+        raise UnrolledError(f"no corpus or file {name!r}{hint}")
+    title = "standard input" if name == "-" else path.name
+    if path.is_dir():
+        return Corpus(title, _files(title, _named_splits(title, _listing(path))), encoding=encoding)
+    _refuse_other_kinds(path)
+    if archives.is_archive(path):
+        return _archive(path, encoding)
+    return _one_file(title, path, encoding)
+
+
+def open_text(name: str, encoding: str | None = "utf-8") -> Corpus | None:
+    """A single plain file as one split, `text`, whole; None where `name` is anything else."""
+    path = _spool(sys.stdin.buffer) if name == "-" else Path(name)
+    if name in KNOWN or not path.is_file() or archives.is_archive(path):
+        return None
+    title = "standard input" if name == "-" else path.name
+    return Corpus(title, _files(title, {"text": _recoded(path, encoding)}), encoding=encoding)
+
+
+def find(name: str) -> Path | None:
+    """The archive or folder of a known corpus on this machine, in `UNROLLED_DATA` or among what was imported."""
+    known = KNOWN[name]
+    folders = [Path(folder) for folder in (os.environ.get("UNROLLED_DATA"),) if folder]
+    for folder in [*folders, cache_folder() / "corpora" / name]:
+        for candidate in (known.archive, *known.members):
+            if candidate and (folder / candidate).is_file():
+                return folder / candidate if candidate == known.archive else folder
+        if name == "ptb" and (folder / "simple-examples/data/ptb.train.txt").is_file():
+            return folder / "simple-examples/data"
+        if name == "text8" and (prefixes := sorted(folder.glob("text8*.zip"))):
+            return prefixes[-1]
+    return None
+
+
+def fetch(name: str) -> Path:
+    """Downloads a known corpus into the cache, checks it, and returns its archive.
+
+    Raises:
+        UnrolledError: the link is dead or the file is not what it should be; the message names the way round.
+    """
+    import pooch
+
+    known = _lookup(name)
+    if not known.url:
+        raise UnrolledError(f"{name} needs no download")
+    folder = cache_folder() / "corpora" / name
+    pooch.get_logger().setLevel("ERROR")
+    try:
+        path = Path(pooch.retrieve(known.url, known_hash=None, path=folder, fname=known.archive))
+    except (OSError, ValueError) as error:
+        reason = type(getattr(error, "__context__", None) or error).__name__
+        raise UnrolledError(
+            f"{known.url} cannot be fetched ({reason}); get {known.archive} elsewhere, then: "
+            f"unrolled data import {name} {known.archive}"
+        ) from error
+    try:
+        _known(name, path)
+    except UnrolledError:
+        path.unlink()
+        raise
+    return path
+
+
+def import_corpus(name: str, path: Path) -> Corpus:
+    """Takes a known corpus from a local archive, file or folder into the cache, after checking it.
+
+    Raises:
+        UnrolledError: the corpus is not known, or what lies at `path` is not it.
+    """
+    known = _lookup(name)
+    if not known.archive:
+        raise UnrolledError(f"{name} is embedded and needs no import")
+    if not path.exists():
+        raise UnrolledError(f"no file {str(path)!r}")
+    corpus = _known(name, path)
+    folder = cache_folder() / "corpora" / name
+    if path.is_dir():
+        copies = {split.path: folder / member for split, member in zip(corpus.splits.values(), known.members)}
+    else:
+        copies = {path: folder / (known.archive if archives.is_archive(path) else known.members[0])}
+    for source, copy in copies.items():
+        with source.open("rb") as file, written_whole(copy) as target:
+            while block := file.read(1 << 20):
+                target.write(block)
+    return corpus
+
+
+def _lookup(name: str) -> KnownCorpus:
+    if name not in KNOWN:
+        raise UnrolledError(f"no corpus named {name!r}{did_you_mean(name, KNOWN)} (unrolled data list shows them)")
+    return KNOWN[name]
+
+
+# ------------------------------------------------------------------------------------------------ where text lies
+
+
+def _embedded(name: str) -> Corpus:
+    version = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}" if name == "stdlib" else "1"
+    folder = cache_folder() / "corpora" / f"{name}-{version}"
+    paths = {split: folder / f"{split}.txt" for split in SPLITS}
+    if not all(path.is_file() for path in paths.values()):
+        texts = embedded.stdlib_text() if name == "stdlib" else {s: embedded.toy_text(s) for s in SPLITS}
+        for split, path in paths.items():
+            write_whole(path, texts[split].encode())
+    return Corpus(name, _files(name, paths))
+
+
+def _known(name: str, source: Path) -> Corpus:
+    """A known corpus out of its archive, its folder or its file, checked."""
+    known = KNOWN[name]
+    if source.is_dir():
+        found = {Path(member).name: Path(member) for member in _listing(source)}
+        paths = {member: found[member] for member in known.members if member in found}
+    elif archives.is_archive(source):
+        folder = cache_folder() / "texts" / sha256_of(source)
+        paths = {member: folder / member for member in known.members}
+        if not all(path.is_file() for path in paths.values()):
+            paths = archives.extract(source, lambda names: _known_members(known, names), folder)
+    else:
+        paths = {known.members[0]: source}
+    missing = [member for member in known.members if member not in paths]
+    if missing:
+        raise UnrolledError(f"{source.name} is not {name}: it holds no {missing[0]}")
+    if name == "text8":
+        return _text8(source.name, paths["text8"])
+    splits = _files(name, {split: paths[member] for split, member in zip(SPLITS, known.members, strict=True)})
+    for member, split, expected in zip(known.members, splits.values(), known.sha256, strict=True):
+        if split.sha256 != expected:
+            raise UnrolledError(f"{source.name} is not {name}: {member} has SHA-256 {split.sha256}, not {expected}")
+    return Corpus(name, splits)
+
+
+def _known_members(known: KnownCorpus, names: list[str]) -> dict[str, str]:
+    by_name = {Path(name).name: name for name in names}
+    return {member: by_name[member] for member in known.members if member in by_name}
+
+
+def _text8(source: str, path: Path) -> Corpus:
+    size, crc = path.stat().st_size, 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+            if strange := re.search(rb"[^a-z ]", block):
+                raise UnrolledError(f"{source} is not text8: it holds {strange[0]!r}, and text8 only a-z and space")
+    if size > _TEXT8_SIZE or (size == _TEXT8_SIZE and crc != _TEXT8_CRC32):
+        raise UnrolledError(f"{source} is not text8: {size:,} bytes with CRC-32 {crc:08x}, not {_TEXT8_CRC32:08x}")
+    note = f"the first {size:,} characters of text8" if size < _TEXT8_SIZE else "all of text8"
+    cuts = [0, *(int(size * share) for share in _SHARES), size]
+    return Corpus("text8", _ranges("text8", path, cuts), note=f"{note}, cut 90/5/5")
+
+
+def _archive(path: Path, encoding: str | None) -> Corpus:
+    chosen: dict[str, str] = {}
+
+    def choose(names: list[str]) -> dict[str, str]:
+        for known in KNOWN.values():
+            if known.members and len(members := _known_members(known, names)) == len(known.members):
+                names = list(members.values())
+        if len(names) == 1:
+            chosen["text.txt"] = names[0]
+        else:
+            chosen.update({f"{split}.txt": name for split, name in _named_splits(path.name, names).items()})
+        return chosen
+
+    copies = archives.extract(path, choose, cache_folder() / "texts" / sha256_of(path))
+    if "text.txt" in copies:
+        return _one_file(path.name, copies["text.txt"], encoding)
+    paths = {target.removesuffix(".txt"): _recoded(copy, encoding) for target, copy in copies.items()}
+    return Corpus(path.name, _files(path.name, paths), encoding=encoding)
+
+
+def _listing(folder: Path) -> list[str]:
+    return sorted(str(path) for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+
+
+def _named_splits(title: str, names: list[str]) -> dict[str, str]:
+    """{split: name} by the words train, valid (or dev, val) and test in the file names."""
+    splits = {}
+    for split, pattern in zip(SPLITS, (r"train", r"valid|dev|(?<![a-z])val(?![a-z])", r"test"), strict=True):
+        matches = [name for name in names if re.search(pattern, Path(name).name, re.IGNORECASE)]
+        if not matches:
+            raise UnrolledError(
+                f"{title} holds no file named *{split}*; it needs *train*, *valid* and *test*, "
+                "or pass one text file, which is then split"
+            )
+        if len(matches) > 1:
+            both = " and ".join(Path(name).name for name in matches[:2])
+            raise UnrolledError(f"{title} holds more than one file for {split}: {both}")
+        splits[split] = matches[0]
+    return splits
+
+
+def _one_file(title: str, path: Path, encoding: str | None) -> Corpus:
+    clean = _recoded(path, encoding)
+    size = clean.stat().st_size
+    if size == 0:
+        raise UnrolledError(f"{title} is empty")
+    cuts = [0, *(_cut(clean, int(size * share), encoding) for share in _SHARES), size]
+    return Corpus(title, _ranges(title, clean, cuts), note="cut 90/5/5 in the order of the text", encoding=encoding)
+
+
+def _cut(path: Path, position: int, encoding: str | None) -> int:
+    """The first line end from `position` on; in a text of endless lines a space, or else a whole character."""
+    if encoding is None:
+        return position
+    with path.open("rb") as file:
+        file.seek(position)
+        ahead = file.read(1 << 16)
+    for mark in (b"\n", b" "):
+        if mark in ahead:
+            return position + ahead.index(mark) + 1
+    return position + next((n for n, byte in enumerate(ahead) if byte & 0xC0 != 0x80), 0)
+
+
+def _ranges(title: str, path: Path, cuts: list[int]) -> dict[str, Split]:
+    ranges = zip(SPLITS, cuts, cuts[1:], strict=False)
+    return {split: Split(path, start, stop, _sha256_of_range(path, start, stop)) for split, start, stop in ranges}
+
+
+def _files(title: str, paths: dict[str, Path] | dict[str, str]) -> dict[str, Split]:
+    splits = {}
+    for split, path in paths.items():
+        size = Path(path).stat().st_size
+        if size == 0:
+            raise UnrolledError(f"{title}: {Path(path).name} is empty")
+        splits[split] = Split(Path(path), 0, size, sha256_of(Path(path)))
+    return splits
+
+
+def _sha256_of_range(path: Path, start: int, stop: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(start)
+        while block := file.read(min(1 << 20, stop - file.tell())):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _spool(stream: IO[bytes]) -> Path:
+    """Standard input as a file in the cache, named by its hash."""
+    digest = hashlib.sha256()
+    incoming = cache_folder() / "texts" / f"incoming-{os.getpid()}"
+    with written_whole(incoming) as file:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+            file.write(block)
+    path = incoming.with_name(f"stdin-{digest.hexdigest()}.txt")
+    incoming.replace(path)
+    return path
+
+
+def _refuse_other_kinds(path: Path) -> None:
+    if not path.is_file():
+        raise UnrolledError(f"{path} is neither a file nor a folder")
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start[:2] == b"\x1f\x8b" and not archives.is_archive(path):
+        raise UnrolledError(f"{path.name} is compressed; gunzip -c {path.name} | unrolled train --data -")
+
+
+def _recoded(path: Path, encoding: str | None) -> Path:
+    """`path`, or where it is not UTF-8 by the user's word, a UTF-8 copy in the cache."""
+    if encoding is None:
+        return path
+    try:
+        codec = codecs.lookup(encoding)
+    except LookupError as error:
+        raise UnrolledError(f"no encoding named {encoding!r}; try utf-8, utf-16, latin-1, cp1252") from error
+    if codec.name == "utf-8":
+        return path
+    copy = cache_folder() / "texts" / f"{sha256_of(path)}-{codec.name}.txt"
+    if not copy.is_file():
+        decoder = codec.incrementaldecoder()
+        with path.open("rb") as file, written_whole(copy) as target:
+            try:
+                while block := file.read(1 << 20):
+                    target.write(decoder.decode(block).encode())
+                target.write(decoder.decode(b"", final=True).encode())
+            except UnicodeError as error:
+                raise UnrolledError(f"{path.name} is not {encoding}: {error.reason}") from error
+    return copy
+
+
+# ------------------------------------------------------------------------------------------------ reading a split
+
+
+def read_text(corpus: Corpus, split: str) -> Iterator[str]:
+    """The text of a split in pieces, each from the white space before a word on, so that neither is cut.
+
+    Line ends become "\\n" whether they were "\\r\\n", "\\r" or "\\n"; a byte order mark is left out.
+
+    Raises:
+        UnrolledError: bytes that are not UTF-8, or NUL; the message names file, line and byte.
+    """
+    part = corpus.splits[split]
+    held = b""  # the beginning of a word that goes on in the next piece
+    for raw, position in _raw(part):
+        piece = held + raw
+        start = position - len(held)
+        if position == 0:
+            piece = piece.removeprefix(codecs.BOM_UTF8)
+            start = position + len(raw) - len(piece)
+        last = position + len(raw) == part.stop
+        end = len(piece) if last else _last_word_end(piece)
+        if end == 0 and len(piece) > _LONGEST_WORD:
+            end = _whole_characters(piece)
+        piece, held = piece[:end], piece[end:]
+        yield _decoded(corpus.name, part, piece, start)
+
+
+def read_bytes(corpus: Corpus, split: str) -> Iterator[bytes]:
+    """The bytes of a split as they are, in pieces."""
+    for raw, _ in _raw(corpus.splits[split]):
+        yield raw
+
+
+def _raw(part: Split) -> Iterator[tuple[bytes, int]]:
+    with part.path.open("rb") as file:
+        file.seek(part.start)
+        position = part.start
+        while raw := file.read(min(_PIECE, part.stop - position)):
+            yield raw, position
+            position += len(raw)
+
+
+def _last_word_end(piece: bytes) -> int:
+    """Where the white space before the last word begins."""
+    words = piece.rstrip(_WHITE_SPACE)
+    return len(words[: max(words.rfind(mark) for mark in (b" ", b"\n", b"\r")) + 1].rstrip(_WHITE_SPACE))
+
+
+def _whole_characters(piece: bytes) -> int:
+    """The length of the part of `piece` that does not cut a character, nor a CR from its LF."""
+    end = len(piece) - 1
+    while end > len(piece) - 4 and piece[end] & 0xC0 == 0x80:
+        end -= 1
+    return end
+
+
+def _decoded(name: str, part: Split, piece: bytes, start: int) -> str:
+    try:
+        text = piece.decode()
+        nul = piece.find(b"\0")
+        if nul >= 0:
+            raise UnrolledError(
+                f"{_place(name, part.path, start + nul)}: a NUL, so this is no plain text; "
+                "pass --encoding utf-16 if it is that, or --data.tokens byte"
+            )
+    except UnicodeDecodeError as error:
+        place = _place(name, part.path, start + error.start)
+        byte = piece[error.start]
+        raise UnrolledError(f"{place}: not UTF-8 (0x{byte:02x}); convert the file or pass --encoding") from error
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return text
+
+
+def _place(name: str, path: Path, position: int) -> str:
+    """Where a byte lies, as a person counts: line and byte from 1."""
+    line, line_start = 1, 0
+    with path.open("rb") as file:
+        offset = 0
+        while block := file.read(min(1 << 20, position - offset)):
+            line += block.count(b"\n")
+            if b"\n" in block:
+                line_start = offset + block.rindex(b"\n") + 1
+            offset += len(block)
+    file_name = name if path.name in ("text.txt",) or path.name.startswith("stdin-") else path.name
+    return f"{file_name}, line {line}, byte {position - line_start + 1}"

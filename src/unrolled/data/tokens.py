@@ -1,0 +1,451 @@
+"""Text <-> ids, by word, character, byte or byte-pair encoding; and the cache of a corpus's ids.
+
+A tokenizer is what `tokenizer.json` says, which the `tokenizers` library reads by itself. Words, characters and bytes
+have a fast twin here that gives the same ids (tests hold them together), at several million words a second:
+
+    word        white space parts words; the end of a line is `<eos>`; words outside the vocabulary are `<unk>`
+    character   every character, line ends too; characters outside the vocabulary are `<unk>`
+    byte        every byte is its own id, whatever it means
+    bpe         byte-pair encoding over bytes (Sennrich et al. 2016), so there is nothing unknown
+"""
+
+import codecs
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, Literal, final
+
+import numpy as np
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+
+from unrolled.data.text import Corpus, cache_folder, read_bytes, read_text
+from unrolled.errors import UnrolledError
+from unrolled.files import write_whole
+
+Unit = Literal["word", "character", "byte", "bpe"]
+UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
+DEFAULT_BPE_SIZE = 8_000
+_FORMAT = 1
+_MAX_UNICODE = 0x110000
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """How the vocabulary comes from the training text."""
+
+    unit: Unit = "word"
+    size: int = 0
+    """The most entries, the commonest kept, `<unk>` and `<eos>` counted; 0 for no limit (BPE: 8,000)."""
+    min_count: int = 1
+    """Words or characters seen less often become `<unk>`; for BPE, pairs seen less often are not merged."""
+    unknown: bool = True
+    """Whether there is an `<unk>`; without it, what is not in the vocabulary is an error."""
+
+
+@final
+class Tokenizer:
+    """Text to ids and back. Made by `learn` or `Tokenizer.load`; equal files make equal tokenizers.
+
+    Attributes:
+        unit: word, character, byte or bpe.
+        vocabulary: every token, by id.
+        unknown_id: the id of `<unk>`, None where there is none.
+        start_id: what stands before the first token of a text: the end of the line before it.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.unit: Unit = _unit_of(backend)
+        self.vocabulary = [token for token, _ in sorted(backend.get_vocab().items(), key=itemgetter(1))]
+        self._ids = _Ids((token, number) for number, token in enumerate(self.vocabulary))
+        self.unknown_id = self._ids.get(UNKNOWN) if self.unit in ("word", "character") else None
+        self._ids.default = self.unknown_id
+        line_end = {"word": END_OF_LINE, "character": "\n"}.get(self.unit, _BYTE_TOKENS[ord("\n")])
+        self.start_id = self._ids.get(line_end, self._ids.get(" ", 0))
+        self.dtype = smallest_dtype(len(self.vocabulary))
+        self._encode = {
+            "word": self._encode_words,
+            "character": self._encode_characters,
+            "byte": lambda text: np.frombuffer(text.encode(), np.uint8),
+            "bpe": lambda text: np.array(self.backend.encode(text).ids, self.dtype),
+        }[self.unit]
+        self._table: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.vocabulary)
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids (N,) of a text, in the smallest integer type.
+
+        Raises:
+            UnrolledError: something is not in the vocabulary, and there is no `<unk>`.
+        """
+        return self._encode(text)
+
+    def _encode_words(self, text: str) -> np.ndarray:
+        words = _words(text)
+        return np.fromiter(map(self._ids.__getitem__, words), self.dtype, len(words))
+
+    def _encode_characters(self, text: str) -> np.ndarray:
+        missing = len(self)
+        if self._table is None:
+            default = missing if self.unknown_id is None else self.unknown_id
+            self._table = np.full(_MAX_UNICODE, default, smallest_dtype(missing + 1))
+            for character, number in self._ids.items():
+                if character != UNKNOWN:
+                    self._table[ord(character)] = number
+        ids = self._table[_code_points(text)]
+        if self.unknown_id is None and len(ids) and ids.max() == missing:
+            raise UnrolledError(f"the character {text[int(ids.argmax())]!r} is not in the model's vocabulary")
+        return ids.astype(self.dtype, copy=False)
+
+    def token(self, id: int) -> str:
+        """The text of one token: a word, a character, or the bytes of a piece (which may not be whole characters)."""
+        if self.unit in ("word", "character"):
+            return self.vocabulary[id]
+        return self._bytes(id).decode(errors="replace")
+
+    def _bytes(self, id: int) -> bytes:
+        return bytes(_BYTE_OF[character] for character in self.vocabulary[id])
+
+    def decoder(self) -> Callable[[int], str]:
+        """A function from the next id to the text that it adds; `decode` and streaming are the same.
+
+        Words are parted by spaces, line ends begin a new line. Bytes are held back until they make a character.
+        """
+        if self.unit == "word":
+            return _WordWriter(self.vocabulary)
+        if self.unit == "character":
+            return self.vocabulary.__getitem__
+        utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        return lambda id: utf8.decode(self._bytes(id))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids."""
+        return "".join(map(self.decoder(), map(int, ids)))
+
+    def characters(self, ids: np.ndarray) -> int:
+        """How many characters the ids stand for: a word counts one more for the space or line end after it.
+
+        So `<eos>` itself counts nothing, and `<unk>` as it is spelled. A character cut in two (by bytes or BPE) counts
+        where it begins.
+        """
+        counts = np.bincount(ids, minlength=len(self))
+        if self.unit == "word":
+            lengths = [0 if word == END_OF_LINE else len(word) + 1 for word in self.vocabulary]
+        elif self.unit == "character":
+            return int(counts.sum())
+        else:
+            lengths = [sum(byte & 0xC0 != 0x80 for byte in self._bytes(id)) for id in range(len(self))]
+        return int(counts @ np.array(lengths, dtype=np.int64))
+
+    def to_json(self) -> str:
+        """The content of `tokenizer.json`."""
+        return self.backend.to_str()
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        """Reads a `tokenizer.json`.
+
+        Raises:
+            UnrolledError: the file is not one of ours.
+        """
+        try:
+            return cls(Backend.from_str(path.read_text(encoding="utf-8")))
+        except FileNotFoundError as error:
+            raise UnrolledError(f"{path} is missing") from error
+        except Exception as error:  # the library raises bare Exception for bad JSON
+            raise UnrolledError(f"{path} is not a tokenizer of Unrolled: {error}") from error
+
+
+class _Ids(dict):
+    """Tokens to ids; what is missing is the unknown, if there is one."""
+
+    default: int | None = None
+
+    def __missing__(self, word: str) -> int:
+        if self.default is None:
+            raise UnrolledError(f"the word {word!r} is not in the model's vocabulary")
+        return self.default
+
+
+class _Numbering(dict):
+    """Words numbered in the order of their first appearance."""
+
+    def __missing__(self, word: str) -> int:
+        number = self[word] = len(self)
+        return number
+
+
+class _WordWriter:
+    """Words with spaces between them, but none at the beginning or end of a line."""
+
+    def __init__(self, vocabulary: list[str]) -> None:
+        self.vocabulary = vocabulary
+        self.at_line_start = True
+
+    def __call__(self, id: int) -> str:
+        word = self.vocabulary[id]
+        space = "" if self.at_line_start or word == END_OF_LINE else " "
+        self.at_line_start = word == END_OF_LINE
+        return "\n" if word == END_OF_LINE else space + word
+
+
+# ------------------------------------------------------------------------------------------------ learning a vocabulary
+
+
+def learn(corpus: Corpus, vocabulary: Vocabulary, folder: Path) -> Tokenizer:
+    """The tokenizer of a corpus, from its training text alone.
+
+    Words and characters are ordered by falling count, then alphabetically; `<unk>` counts all that it stands for. Where
+    the ids of the training text fall out on the way, they are left in `folder`.
+    """
+    if vocabulary.unit == "byte":
+        return Tokenizer(_byte_backend())
+    if vocabulary.unit == "bpe":
+        return Tokenizer(_bpe_backend(read_lines(corpus, "train"), vocabulary))
+    if vocabulary.unit == "character":
+        counts = _count_characters(read_text(corpus, "train"))
+        return Tokenizer(_level_backend(_ranked(counts, vocabulary), "character"))
+    return _learn_words(corpus, vocabulary, folder)
+
+
+def _learn_words(corpus: Corpus, vocabulary: Vocabulary, folder: Path) -> Tokenizer:
+    """Looks every word up once: numbered as they first appear, counted, ranked; then the numbers become ids."""
+    numbering, counts = _Numbering(), np.zeros(0, np.int64)
+    with tempfile.TemporaryFile(dir=folder) as numbered, (folder / "train.ids").open("wb") as file:
+        for piece in read_lines(corpus, "train"):
+            words = _words(piece)
+            numbers = np.fromiter(map(numbering.__getitem__, words), np.uint32, len(words))
+            counts = _added(counts, np.bincount(numbers))
+            numbered.write(numbers.tobytes())
+        ranked = _ranked(dict(zip(numbering, counts.tolist(), strict=True)), vocabulary)
+        tokenizer = Tokenizer(_level_backend(ranked, "word"))
+        ids = np.fromiter((tokenizer._ids[word] for word in numbering), tokenizer.dtype, len(numbering))
+        numbered.seek(0)
+        while block := numbered.read(1 << 22):
+            file.write(ids[np.frombuffer(block, np.uint32)].tobytes())
+    return tokenizer
+
+
+def _words(text: str) -> list[str]:
+    return text.replace("\n", f" {END_OF_LINE} ").split()
+
+
+def _count_characters(pieces: Iterable[str]) -> dict[str, int]:
+    total = np.zeros(0, np.int64)
+    for piece in pieces:
+        total = _added(total, np.bincount(_code_points(piece)))
+    return {chr(code): int(total[code]) for code in np.flatnonzero(total)}
+
+
+def _added(total: np.ndarray, more: np.ndarray) -> np.ndarray:
+    if len(more) > len(total):
+        total = np.pad(total, (0, len(more) - len(total)))
+    total[: len(more)] += more
+    return total
+
+
+def _ranked(counts: dict[str, int], vocabulary: Vocabulary) -> list[str]:
+    """The vocabulary by falling count, then alphabetically."""
+
+    def order(item: tuple[str, int]) -> tuple[int, str]:
+        return -item[1], item[0]
+
+    special = {END_OF_LINE: counts[END_OF_LINE]} if END_OF_LINE in counts else {}
+    if vocabulary.unknown:
+        special[UNKNOWN] = 0
+    common = [(word, count) for word, count in counts.items() if count >= vocabulary.min_count and word not in special]
+    if vocabulary.size:
+        common = sorted(common, key=order)[: max(vocabulary.size - len(special), 0)]
+    kept = dict(common) | special
+    if vocabulary.unknown:
+        kept[UNKNOWN] = sum(counts.values()) - sum(kept.values())
+    return [word for word, _ in sorted(kept.items(), key=order)]
+
+
+def _code_points(text: str) -> np.ndarray:
+    if text.isascii():
+        return np.frombuffer(text.encode("ascii"), np.uint8)
+    return np.frombuffer(text.encode("utf-32-le"), np.uint32)
+
+
+def smallest_dtype(vocab_size: int) -> np.dtype:
+    """The smallest unsigned integer type for ids below `vocab_size`."""
+    return np.min_scalar_type(max(vocab_size - 1, 0))
+
+
+# ------------------------------------------------------------------------------------------------ tokenizer.json
+
+
+def _level_backend(vocabulary: list[str], unit: Unit) -> Backend:
+    ids = {token: number for number, token in enumerate(vocabulary)}
+    unknown = {"unk_token": UNKNOWN} if UNKNOWN in ids else {}
+    backend = Backend(models.WordLevel(ids, **unknown))
+    if unit == "word":
+        separators = normalizers.Replace(Regex("[\\x1c-\\x1f]"), " ")  # white space to Python, not to the library
+        line_ends = normalizers.Replace("\n", f" {END_OF_LINE} ")
+        backend.normalizer = normalizers.Sequence([separators, line_ends])
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+        backend.decoder = decoders.Fuse()
+    return backend
+
+
+def _byte_characters() -> list[str]:
+    """The printable character that byte-level tokenizers write for each byte (GPT-2's table)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+_BYTE_TOKENS = _byte_characters()
+_BYTE_OF = {character: byte for byte, character in enumerate(_BYTE_TOKENS)}
+
+
+def _byte_backend() -> Backend:
+    backend = Backend(models.BPE({token: byte for byte, token in enumerate(_BYTE_TOKENS)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _bpe_backend(lines: Iterable[str], vocabulary: Vocabulary) -> Backend:
+    backend = Backend(models.BPE())
+    line_ends = pre_tokenizers.Split(Regex("\n"), "isolated")  # so that lines may be encoded one by one
+    backend.pre_tokenizer = pre_tokenizers.Sequence([line_ends, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=max(vocabulary.size or DEFAULT_BPE_SIZE, 256),
+        min_frequency=vocabulary.min_count,
+        initial_alphabet=_BYTE_TOKENS,
+        show_progress=False,
+    )
+    backend.train_from_iterator(lines, trainer)
+    return backend
+
+
+def _unit_of(backend: Backend) -> Unit:
+    description = json.loads(backend.to_str())
+    model = description["model"]
+    if model["type"] == "WordLevel":
+        return "word" if description["pre_tokenizer"]["type"] == "WhitespaceSplit" else "character"
+    if model["type"] == "BPE":
+        return "bpe" if model["merges"] else "byte"
+    raise UnrolledError(f"a tokenizer of type {model['type']}")
+
+
+# ------------------------------------------------------------------------------------------------ a corpus as ids
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """What is known of a split without reading it: hash of the text, counts."""
+
+    sha256: str
+    tokens: int
+    unknown: int
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A corpus as ids: memory-mapped, in the smallest integer type, in the cache under `key`."""
+
+    name: str
+    note: str
+    key: str
+    tokenizer: Tokenizer
+    ids: dict[str, np.ndarray]
+    splits: dict[str, SplitInfo]
+
+
+def prepare(corpus: Corpus, vocabulary: Vocabulary) -> Dataset:
+    """A corpus with the tokenizer learnt from its training text, and its ids; from the cache where they are there."""
+    return _cached(corpus, asdict(vocabulary), lambda folder: learn(corpus, vocabulary, folder))
+
+
+def prepare_with(corpus: Corpus, tokenizer: Tokenizer) -> Dataset:
+    """A corpus as the ids of a tokenizer that was learnt before."""
+    return _cached(corpus, {"tokenizer": tokenizer.to_json()}, lambda folder: tokenizer)
+
+
+def find_prepared(key: str) -> Dataset | None:
+    """The dataset of that key, if the cache still holds it; then the corpus itself is not needed."""
+    folder = cache_folder() / "ids" / key
+    return _open(folder) if (folder / "dataset.json").is_file() else None
+
+
+def _cached(corpus: Corpus, settings: dict[str, Any], make: Callable[[Path], Tokenizer]) -> Dataset:
+    hashes = {split: part.sha256 for split, part in corpus.splits.items()}
+    identity = json.dumps([_FORMAT, corpus.encoding, settings, hashes], sort_keys=True)
+    key = hashlib.sha256(identity.encode()).hexdigest()
+    if (ready := find_prepared(key)) is not None:
+        return replace(ready, name=corpus.name, note=corpus.note)
+    folder = cache_folder() / "ids" / key
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".incoming-", dir=folder.parent))
+    try:
+        tokenizer = make(work)
+        infos = {split: _write_ids(corpus, split, tokenizer, work) for split in corpus.splits}
+        write_whole(work / "tokenizer.json", tokenizer.to_json().encode())
+        about = {"name": corpus.name, "note": corpus.note, "splits": {s: asdict(info) for s, info in infos.items()}}
+        write_whole(work / "dataset.json", json.dumps(about).encode())
+        try:
+            work.rename(folder)
+        except OSError:  # another process was first
+            if not (folder / "dataset.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return _open(folder)
+
+
+def _open(folder: Path) -> Dataset:
+    about = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    splits = {split: SplitInfo(**info) for split, info in about["splits"].items()}
+    ids = {split: np.memmap(folder / f"{split}.ids", tokenizer.dtype, mode="r") for split in splits}
+    return Dataset(about["name"], about["note"], folder.name, tokenizer, ids, splits)
+
+
+def _write_ids(corpus: Corpus, split: str, tokenizer: Tokenizer, folder: Path) -> SplitInfo:
+    path = folder / f"{split}.ids"
+    if not path.exists():
+        with path.open("wb") as file:
+            for ids in encode_split(corpus, split, tokenizer):
+                file.write(ids.tobytes())
+    tokens = unknown = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            ids = np.frombuffer(block, tokenizer.dtype)
+            tokens += len(ids)
+            unknown += 0 if tokenizer.unknown_id is None else int(np.count_nonzero(ids == tokenizer.unknown_id))
+    if tokens == 0:
+        raise UnrolledError(f"{corpus.name}: the {split} split holds no token")
+    return SplitInfo(corpus.splits[split].sha256, tokens, unknown)
+
+
+def encode_split(corpus: Corpus, split: str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """The ids of a split, piece by piece."""
+    if tokenizer.unit == "byte":
+        return (np.frombuffer(piece, np.uint8) for piece in read_bytes(corpus, split))
+    if tokenizer.unit == "character":
+        return map(tokenizer.encode, read_text(corpus, split))
+    return map(tokenizer.encode, read_lines(corpus, split))
+
+
+def read_lines(corpus: Corpus, split: str) -> Iterator[str]:
+    """The text of a split in pieces, a last line without its line end given one."""
+    last = "\n"
+    for piece in read_text(corpus, split):
+        yield piece
+        last = piece[-1:] or last
+    if last != "\n":
+        yield "\n"

@@ -1,0 +1,1 @@
+"""Windows of ids become nats. Knows no files, devices, optimisers or ranks."""

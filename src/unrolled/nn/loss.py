@@ -1,0 +1,62 @@
+"""Summed nats and token counts; nats -> perplexity, bits. Sum, count, divide once."""
+
+import math
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def loss_plain(logits: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+    """The oracle of `loss`: the same through `torch.nn.functional.cross_entropy`."""
+    nll_nats = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum")
+    return nll_nats, targets.numel()
+
+
+def loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+    """Negative log-likelihood of the targets, summed over time and streams, in nats.
+
+    The gradient is written into the memory of `logits`, so after `backward` the logits are gone, and a second
+    `backward` is an error. That saves the two largest arrays of a step.
+
+    Args:
+        logits: (T, B, V), any finite values; the maximum is taken out before anything is raised to e.
+        targets: (T, B) ids.
+
+    Returns:
+        The sum (a scalar in the logits' precision, at least f32) and the number of targets.
+    """
+    return _SummedNLL.apply(logits.flatten(0, -2), targets.flatten()), targets.numel()
+
+
+@final
+class _SummedNLL(torch.autograd.Function):
+    """d nll / d logits = softmax(logits) - onehot(targets)."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        normaliser = torch.logsumexp(logits.float(), dim=-1, keepdim=True)
+        ctx.save_for_backward(logits, normaliser, targets.unsqueeze(-1))
+        return (normaliser - logits.gather(-1, targets.unsqueeze(-1))).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        logits, normaliser, targets = ctx.saved_tensors
+        (gradient,) = gradients
+        probabilities = logits.sub_(normaliser).exp_()
+        probabilities.scatter_add_(-1, targets, probabilities.new_full((), -1.0).expand(targets.shape))
+        return probabilities.mul_(gradient), None
+
+
+def perplexity(nll_nats: float, tokens: int) -> float:
+    """e to the mean nats per token; infinite where that leaves the range of a float."""
+    try:
+        return math.exp(nll_nats / tokens)
+    except OverflowError:
+        return math.inf
+
+
+def bits_per(nll_nats: float, count: int) -> float:
+    """Mean bits for each of `count` tokens or characters."""
+    return nll_nats / math.log(2) / count

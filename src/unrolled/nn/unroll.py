@@ -1,0 +1,58 @@
+"""A cell over the T steps of a window, by a plain loop or by PyTorch's fused layer; both learn the same.
+
+The plain loop is the definition; the fused layer is its fast twin with the same signature.
+"""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from unrolled.nn.cells import GRU, LSTM, Cell, State
+
+LayerStates: TypeAlias = tuple[State, ...]
+"""The state of a stack: one cell's state for each of L layers."""
+
+Unroll: TypeAlias = Callable[[Cell, Tensor, State], tuple[Tensor, State]]
+
+
+def detach(states: LayerStates) -> LayerStates:
+    """The same values without their history: gradients reach back to the window's first step and no further."""
+    return tuple(tuple(tensor.detach() for tensor in state) for state in states)
+
+
+def unroll_plain(cell: Cell, inputs: Tensor, state: State) -> tuple[Tensor, State]:
+    """The oracle. inputs (T, B, E), state of the step before -> outputs (T, B, H), state after the last step."""
+    outputs = []
+    for x_t in inputs:
+        output, state = cell(x_t, state)
+        outputs.append(output)
+    return torch.stack(outputs), state
+
+
+def unroll_fused(cell: Cell, inputs: Tensor, state: State) -> tuple[Tensor, State]:
+    """The same through the kernels behind `torch.nn.LSTM` and `torch.nn.GRU`: oneDNN on the CPU, cuDNN on a GPU.
+
+    Raises:
+        TypeError: PyTorch has no fused layer for this cell.
+    """
+    bias_hh = torch.zeros_like(cell.bias_ih)  # PyTorch's layers want a second bias; ours have one
+    weights = [cell.weight_ih, cell.weight_hh, cell.bias_ih, bias_hh]
+    options = (True, 1, 0.0, cell.training, False, False)  # biases, layers, dropout, train, bidirectional, batch first
+    if isinstance(cell, LSTM):
+        outputs, h, c = torch.lstm(inputs, [tensor.unsqueeze(0) for tensor in state], weights, *options)
+        return outputs, (h.squeeze(0), c.squeeze(0))
+    if isinstance(cell, GRU):
+        outputs, h = torch.gru(inputs, state[0].unsqueeze(0), weights, *options)
+        return outputs, (h.squeeze(0),)
+    raise TypeError(f"PyTorch has no fused layer for {type(cell).__name__}")
+
+
+UNROLLS: dict[str, Unroll] = {"plain": unroll_plain, "fused": unroll_fused}
+
+
+def unroll(cell: Cell, inputs: Tensor, state: State) -> tuple[Tensor, State]:
+    """The fastest way there is for this cell. inputs (T, B, E) -> outputs (T, B, H), state after the last step."""
+    fast = unroll_fused if isinstance(cell, LSTM | GRU) else unroll_plain
+    return fast(cell, inputs, state)

@@ -1,0 +1,83 @@
+"""What `train` shows while it runs, on standard error: a live line on a terminal, plain lines elsewhere."""
+
+import math
+import sys
+from collections.abc import Callable
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+class Display:
+    """The one progress callable of the command.
+
+    Args:
+        quiet: show nothing.
+        on_epoch: called at the end of every epoch as well, for `--json`.
+    """
+
+    def __init__(self, quiet: bool = False, on_epoch: Callable[[dict[str, Any]], None] | None = None) -> None:
+        self.quiet = quiet
+        self.on_epoch = on_epoch
+        self.console = Console(file=sys.stderr, highlight=False, markup=False, soft_wrap=True)
+        self.live = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            transient=True,
+            disable=quiet or not self.console.is_terminal,
+            refresh_per_second=5,
+        )
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        self.live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.live.stop()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        kind = event["event"]
+        if kind == "epoch" and self.on_epoch:
+            self.on_epoch(event)
+        if self.quiet:
+            return
+        if kind == "note":
+            self._say(event["text"])
+        elif kind == "step":
+            self._step(event)
+        else:
+            self._epoch(event)
+
+    def _step(self, event: dict[str, Any]) -> None:
+        if event["step"] == 1:
+            nats = event["nll_nats_per_token"]
+            self._say(f"before training: {nats:.4f} nats a token, perplexity {math.exp(nats):,.0f}")
+        figures = (
+            f"perplexity {event['train_perplexity']:9,.2f}  {event['tokens_per_second']:8,.0f} tokens/s  "
+            f"rate {event['learning_rate']:.4g}  gradient {event['grad_norm']:.3g}"
+        )
+        if self.console.is_terminal:
+            if self.task is None or self.live.tasks[0].total != event["windows"] or event["window"] == 1:
+                for task in self.live.task_ids:
+                    self.live.remove_task(task)
+                self.task = self.live.add_task("", total=event["windows"], epoch="", figures="")
+            self.live.update(self.task, completed=event["window"], epoch=event["epoch"], figures=figures)
+        elif event["window"] % max(1, event["windows"] // 10) == 0:
+            left = (event["windows"] - event["window"]) / event["windows"]
+            self._say(f"epoch {event['epoch']:3d}  {1 - left:4.0%}  {figures}")
+
+    def _epoch(self, event: dict[str, Any]) -> None:
+        self._say(
+            f"epoch {event['epoch']:3d}  done  train {event['train_perplexity']:9,.2f}  "
+            f"valid {event['valid_perplexity']:9,.2f} ({event['valid_protocol']})  rate {event['learning_rate']:.4g}  "
+            f"{event['tokens_per_second']:,.0f} tokens/s  {event['elapsed_s']:,.0f} s"
+            + ("  *" if event["best"] else "")
+        )
+
+    def _say(self, text: str) -> None:
+        self.console.print(text)

@@ -1,0 +1,249 @@
+"""What to train: every choice that decides the result, typed, frozen, with its unit and bound. TOML in and out."""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tomli_w
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from unrolled.errors import UnrolledError, did_you_mean
+
+SHIPPED = Path(__file__).parent / "recipes"
+
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A table of the recipe. Frozen; an unknown field is an error; every field's docstring is its help."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Data(Section):
+    """Which text, and how it becomes tokens."""
+
+    corpus: str = "stdlib"
+    """A known corpus, or a text file, folder or archive, or - for standard input."""
+    encoding: str = "utf-8"
+    """How the bytes of the text become characters."""
+    tokens: Literal["word", "character", "byte", "bpe"] = "word"
+    """The unit of text."""
+    vocab_size: NonNegativeInt = 0
+    """The most tokens in the vocabulary, the commonest kept; 0 for no limit (bpe: 8000)."""
+    min_count: Count = 1
+    """What is seen less often in the training text becomes <unk>."""
+    unknown: bool = True
+    """Whether there is an <unk>; without it, what is not in the vocabulary is an error."""
+
+    @model_validator(mode="after")
+    def _every_token_needs_an_id(self) -> Self:
+        if not self.unknown and self.tokens in ("word", "character") and (self.min_count > 1 or self.vocab_size):
+            raise ValueError("without <unk> the vocabulary has to keep every token: vocab_size 0 and min_count 1")
+        if self.tokens == "bpe" and 0 < self.vocab_size < 257:
+            raise ValueError("vocab_size must be at least 257 for bpe: its 256 bytes and a merge")
+        return self
+
+
+class Model(Section):
+    """The recurrent network."""
+
+    cell: Literal["lstm", "gru"] = "lstm"
+    """One step of a layer."""
+    embedding_size: Count = 200
+    """Length of a token's vector."""
+    hidden_sizes: Annotated[tuple[Count, ...], Field(min_length=1, max_length=64)] = (200, 200)
+    """Units of each layer, from the bottom up."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability that a unit is dropped, on the embedding and on every layer's output."""
+    init_scale: PositiveFloat = 0.1
+    """Parameters begin uniform between minus this and this."""
+    forget_bias: float = 0.0
+    """Added to the LSTM's forget gate at the start; the references use none."""
+
+    @field_validator("hidden_sizes", mode="before")
+    @classmethod
+    def _from_command_line(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value
+
+
+class Training(Section):
+    """How the network learns."""
+
+    batch_size: Count = 20
+    """Parallel streams."""
+    num_steps: Count = 20
+    """Length of a window in tokens: how far gradients reach back."""
+    max_epochs: Count = 13
+    """Passes over the training text."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """Plain stochastic gradient descent as in the references, or AdamW."""
+    learning_rate: PositiveFloat = 1.0
+    """The rate before any schedule lowers it."""
+    schedule: Literal["decay", "cosine"] = "decay"
+    """decay: times `decay` after every epoch past `constant_epochs`. cosine: warm-up, then half a cosine to 0."""
+    constant_epochs: NonNegativeInt = 4
+    """Epochs at the full rate; the first lower rate is the next epoch's (TensorFlow's convention)."""
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Factor on the rate for each epoch past `constant_epochs`."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps over which the rate rises from 0 under the cosine schedule."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW's decay of the weights towards 0."""
+    max_grad_norm: PositiveFloat = 5.0
+    """The gradient's global norm is clipped to this."""
+    seed: NonNegativeInt = 1
+    """Of the first parameters and of dropout."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
+    precision: Literal["f32", "bf16"] = "f32"
+    """f32, or bf16 for the products with f32 weights (autocast)."""
+    save_every_s: PositiveFloat = 60.0
+    """Seconds between resume points within an epoch."""
+
+    @field_validator("seed")
+    @classmethod
+    def _fits_torch(cls, seed: int) -> int:
+        if seed >= 1 << 63:
+            raise ValueError("must be below 2 to the 63rd")
+        return seed
+
+
+class Recipe(Section):
+    """Everything that decides the result of a training."""
+
+    name: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[\w.-]+$")] = "custom"
+    """What the run folder is called after."""
+    data: Data = Data()
+    model: Model = Model()
+    training: Training = Training()
+
+    def to_toml(self) -> str:
+        """Every value, defaults too."""
+        return tomli_w.dumps(self.model_dump(mode="json"))
+
+    def changed(self, values: dict[str, Any]) -> "Recipe":
+        """A copy with other values.
+
+        Args:
+            values: by dotted name: {"training.num_steps": 35, "model.hidden_sizes": "650,650"}.
+
+        Raises:
+            UnrolledError: there is no such field, or the value is out of bounds.
+        """
+        tables = self.model_dump()
+        for name, value in values.items():
+            section, _, field = name.partition(".")
+            known = FIELDS if field else ["name"]
+            if name not in known:
+                raise UnrolledError(f"no recipe field {name!r}{did_you_mean(name, FIELDS)}")
+            if field:
+                tables[section][field] = value
+            else:
+                tables[section] = value
+        return _validated(tables, _as_option)
+
+    def differences(self, other: "Recipe") -> list[str]:
+        """The dotted names whose values differ."""
+        mine, theirs = self.model_dump(), other.model_dump()
+        fields = (name.split(".") for name in FIELDS)
+        return [f"{section}.{field}" for section, field in fields if mine[section][field] != theirs[section][field]]
+
+
+SECTIONS: dict[str, type[Section]] = {"data": Data, "model": Model, "training": Training}
+FIELDS = [f"{section}.{field}" for section, fields in SECTIONS.items() for field in fields.model_fields]
+"""Every option of a recipe by its dotted name."""
+
+
+def shipped_recipes() -> list[str]:
+    """The names of the recipes that come with the package."""
+    return sorted(path.stem for path in SHIPPED.glob("*.toml"))
+
+
+def recipe_header(name: str) -> str:
+    """The comment that a shipped recipe opens with: its command and the figure to expect."""
+    lines = (SHIPPED / f"{name}.toml").read_text(encoding="utf-8").splitlines()
+    return "\n".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
+
+
+def load_recipe(name: str | Path) -> Recipe:
+    """A shipped recipe by name, or a TOML file.
+
+    Raises:
+        UnrolledError: there is none of that name, or it is not a recipe; the message names the field.
+    """
+    shipped = SHIPPED / f"{name}.toml"
+    path = shipped if str(name) in shipped_recipes() else Path(name)
+    if not path.is_file():
+        hint = did_you_mean(str(name), shipped_recipes())
+        raise UnrolledError(f"no recipe named {str(name)!r}{hint} (unrolled recipes lists them)")
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UnrolledError(f"{path} is not TOML: {error}") from error
+    tables.setdefault("name", _as_name(path.stem))
+    return _validated(tables, lambda field: f"{path}: {field}")
+
+
+def _as_name(stem: str) -> str:
+    """A file's name as a recipe's name: what a folder may not hold becomes '-'."""
+    return "".join(c if c.isalnum() or c in "_.-" else "-" for c in stem)[:100] or "custom"
+
+
+def _as_option(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def _validated(tables: dict[str, Any], called: Any) -> Recipe:
+    try:
+        return Recipe.model_validate(tables)
+    except ValidationError as error:
+        raise UnrolledError(_explained(error.errors()[0], called)) from error
+
+
+def _explained(error: ErrorDetails, called: Any) -> str:
+    """One line for the first thing wrong: the option, its bound, the value."""
+    path = [str(part) for part in error["loc"] if not isinstance(part, int)]
+    name, value, bounds = ".".join(path), error["input"], error.get("ctx", {})
+    kind = error["type"]
+    if kind == "extra_forbidden":
+        return f"{called(name)}: there is no such field{did_you_mean(name, FIELDS)}"
+    demands = {
+        "greater_than_equal": "at least {ge}",
+        "greater_than": "more than {gt}",
+        "less_than_equal": "at most {le}",
+        "less_than": "less than {lt}",
+        "literal_error": "{expected}",
+        "finite_number": "a finite number",
+        "int_parsing": "a whole number",
+        "int_type": "a whole number",
+        "int_from_float": "a whole number",
+        "int_parsing_size": "a smaller number",
+        "float_parsing": "a number",
+        "float_type": "a number",
+        "bool_parsing": "true or false",
+        "bool_type": "true or false",
+        "string_type": "a text",
+        "too_short": "one size or more",
+        "too_long": "{max_length} sizes or fewer",
+        "tuple_type": "sizes, as 200,200",
+        "model_type": "a table",
+    }
+    if kind == "value_error":
+        text = str(bounds["error"])
+        return f"{called(name)} {text}, not {value!r}" if text.startswith("must") and name.count(".") else text
+    if kind not in demands:
+        return f"{called(name)}: {error['msg']}"
+    return f"{called(name)} must be {demands[kind].format(**bounds)}, not {value if value != '' else repr(value)}"

@@ -1,0 +1,1 @@
+"""Nats become weights."""

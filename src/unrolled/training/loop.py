@@ -1,0 +1,362 @@
+"""Stateful truncated back-propagation through time, plain code; the update is in `run_epoch`."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from unrolled import run as folder
+from unrolled.data.batches import Windows
+from unrolled.data.text import open_corpus
+from unrolled.data.tokens import Dataset, Vocabulary, find_prepared, prepare
+from unrolled.errors import UnrolledError
+from unrolled.files import sha256_of, write_whole
+from unrolled.inference.evaluate import Evaluation, evaluate_exact, evaluate_paper, unigram_perplexity
+from unrolled.nn.loss import loss, perplexity
+from unrolled.nn.model import LanguageModel
+from unrolled.nn.unroll import LayerStates, detach
+from unrolled.recipe import Recipe, Training, load_recipe
+from unrolled.training.optim import clip_by_global_norm, learning_rate, make_optimizer
+from unrolled.training.resume import Position, load_point, resume_file, save_point
+
+Progress = Callable[[dict[str, Any]], object]
+"""Told of everything worth knowing as it happens: {"event": "note" | "step" | "epoch", …}."""
+
+MAY_CHANGE = ("training.max_epochs", "training.save_every_s", "training.device")
+"""What a resumed training may have otherwise than before it was broken off."""
+
+
+def run_epoch(
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    windows: Windows,
+    states: LayerStates,
+    training: Training,
+    position: Position,
+    after_step: Callable[[LayerStates, dict[str, float]], bool],
+) -> LayerStates:
+    """One pass over the training text from `position` on, which it moves along.
+
+    `after_step(states, figures)` is called after each update; the pass is broken off where it returns False.
+    """
+    model.train()
+    device, bf16 = model.device, training.precision == "bf16"
+    for inputs, targets in windows.since(position.window):  # ids, each (T, B)
+        rate = learning_rate(training, position.epoch, position.step, len(windows) * training.max_epochs)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            logits, states = model(inputs.to(device), detach(states))
+        nll, count = loss(logits, targets.to(device))  # summed nats, tokens
+        (nll / training.batch_size).backward()  # the references' scale: summed over time, averaged over streams
+        grad_norm = clip_by_global_norm(model.parameters(), training.max_grad_norm)
+        if not math.isfinite(grad_norm):
+            raise UnrolledError(
+                f"the gradient is not finite at step {position.step + 1}; lower --training.learning-rate "
+                f"(now {rate:g}) or --training.max-grad-norm"
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+
+        nll_nats = nll.item()
+        position.window += 1
+        position.step += 1
+        position.nll_nats += nll_nats
+        position.tokens += count
+        figures = {"nll_nats_per_token": nll_nats / count, "learning_rate": rate, "grad_norm": grad_norm}
+        if not after_step(states, figures):
+            break
+    return detach(states)
+
+
+def train(
+    recipe: Recipe | str | Path | None = None,
+    *,
+    data: str | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    changes: dict[str, Any] | None = None,
+    progress: Progress = lambda event: None,
+) -> folder.Run:
+    """Trains a recipe to its end, or until SIGINT or SIGTERM, after which `resume` goes on from the very step.
+
+    Args:
+        recipe: a recipe, its shipped name, or its TOML file; None is `demo`, or when resuming what `out` holds.
+        data: a corpus by name or path, in place of the recipe's.
+        out: the run folder; None is `runs/RECIPE-N`, when resuming the newest of them.
+        resume: go on from the folder's resume point.
+        changes: other values by dotted name, {"training.max_epochs": 3}.
+        progress: told of notes, steps and epochs as they happen.
+
+    Returns:
+        The run, with its best weights; `run.manifest["status"]` is "done", or "stopped" where it was broken off.
+
+    Raises:
+        UnrolledError: bad input; what was trained so far is kept.
+    """
+    changes = dict(changes or {}) | ({"data.corpus": _located(data)} if data is not None else {})
+    if resume:
+        recipe, path = _resumed(recipe, out, changes)
+    else:
+        recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe or "demo")
+        recipe = recipe.changed(changes)
+        path = Path(out) if out is not None else folder.next_folder(recipe.name)
+    training = recipe.training
+    device = pick_device(training.device)
+    dataset = _resumed_dataset(path, recipe) if resume else _dataset(recipe, progress)
+    windows = Windows(dataset.ids["train"], training.batch_size, training.num_steps)
+
+    torch.manual_seed(training.seed)
+    model = folder.build_model(recipe.model, len(dataset.tokenizer)).to(device)
+    optimizer = make_optimizer(model.parameters(), training)
+    position, states = Position(), model.initial_state(training.batch_size)
+    if resume:
+        position, states = load_point(path, model, optimizer)
+        folder.cut_metrics(path, position.step, position.epoch)
+        progress(_note(f"going on with {path} at epoch {position.epoch}, step {position.step}"))
+    else:
+        folder.create(path, recipe, dataset)
+    progress(_note(f"{path}: {model.num_parameters():,} parameters, {windows.num_targets:,} tokens an epoch, {device}"))
+
+    with StopRequest() as stop:
+        _train_epochs(path, recipe, dataset, model, optimizer, windows, position, states, stop, progress)
+    manifest = folder.read_manifest(path)
+    manifest |= {
+        "status": "stopped" if position.epoch <= training.max_epochs else "done",
+        "epochs": position.epoch - 1,
+        "steps": position.step,
+        "num_parameters": model.num_parameters(),
+        "training_s": round(position.elapsed_s, 1),
+        "hardware": folder.hardware(device),
+    }
+    if manifest["status"] == "done":
+        manifest["results"] = _results(folder.load(path, str(device)), dataset)
+    folder.write_manifest(path, manifest)
+    return folder.load(path, str(device))
+
+
+def _train_epochs(
+    path: Path,
+    recipe: Recipe,
+    dataset: Dataset,
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    windows: Windows,
+    position: Position,
+    states: LayerStates,
+    stop: "StopRequest",
+    progress: Progress,
+) -> None:
+    """Epoch after epoch: train, validate, keep the best weights, save the resume point."""
+    training = recipe.training
+    log_every = max(1, len(windows) // 20)
+    clock = _Clock(position)
+    saved_at = time.monotonic()
+
+    def after_step(states: LayerStates, figures: dict[str, float]) -> bool:
+        nonlocal saved_at
+        record = {
+            "step": position.step,
+            "epoch": position.epoch,
+            "train_perplexity": perplexity(position.nll_nats, position.tokens),
+            **figures,
+            "tokens_per_second": clock.tokens_per_second(),
+            "elapsed_s": clock.read(),
+        }
+        if position.step == 1 or position.window % log_every == 0:
+            folder.append_metrics(path, record)
+        progress({"event": "step", "window": position.window, "windows": len(windows), **record})
+        if stop.requested or time.monotonic() - saved_at > training.save_every_s:
+            save_point(path, position, model, optimizer, detach(states))
+            saved_at = time.monotonic()
+        return not stop.requested
+
+    while position.epoch <= training.max_epochs:
+        clock.start_epoch()
+        if position.window < len(windows):
+            states = run_epoch(model, optimizer, windows, states, training, position, after_step)
+        if stop.requested:
+            break
+        valid = validate(model, dataset.ids["valid"], training)
+        best = position.best_valid_perplexity
+        if best is None or valid.perplexity < best:
+            position.best_valid_perplexity = valid.perplexity
+            folder.write_tensors(path / "model.safetensors", model.state_dict(), {"epoch": str(position.epoch)})
+        clock.read()
+        record = {
+            "step": position.step,
+            "epoch": position.epoch,
+            "train_perplexity": perplexity(position.nll_nats, position.tokens),
+            "valid_perplexity": valid.perplexity,
+            "valid_protocol": valid.protocol,
+            "learning_rate": optimizer.param_groups[0]["lr"],
+            "tokens_per_second": clock.tokens_per_second(),
+            "elapsed_s": position.elapsed_s,
+        }
+        folder.append_metrics(path, record)
+        progress({"event": "epoch", "best": position.best_valid_perplexity == valid.perplexity, **record})
+        position.epoch, position.window, position.nll_nats, position.tokens = position.epoch + 1, 0, 0.0, 0
+        states = model.initial_state(training.batch_size)
+        save_point(path, position, model, optimizer, states)
+    if not (path / "model.safetensors").exists():  # broken off in its first epoch
+        folder.write_tensors(path / "model.safetensors", model.state_dict(), {"epoch": "0"})
+
+
+def validate(model: LanguageModel, ids: np.ndarray, training: Training) -> Evaluation:
+    """By the paper protocol, or where the text is too short for its windows, exactly."""
+    if len(ids) // training.batch_size > training.num_steps:
+        return evaluate_paper(model, ids, training.batch_size, training.num_steps)
+    return evaluate_exact(model, ids)
+
+
+def _results(run: folder.Run, dataset: Dataset) -> dict[str, Any]:
+    """What the best weights make of valid and test, and what needs no model at all."""
+    metrics = [record for record in folder.read_metrics(run.path) if "valid_perplexity" in record]
+    best = min(metrics, key=lambda record: record["valid_perplexity"])
+    return {
+        "best_epoch": best["epoch"],
+        "train_perplexity": best["train_perplexity"],
+        "last_train_perplexity": metrics[-1]["train_perplexity"],
+        "valid_perplexity": best["valid_perplexity"],
+        "valid_protocol": best["valid_protocol"],
+        "valid": run.evaluate("valid"),
+        "test": run.evaluate("test"),
+        "unigram_test_perplexity": unigram_perplexity(
+            dataset.ids["train"], dataset.ids["test"], len(dataset.tokenizer)
+        ),
+        "uniform_test_perplexity": len(dataset.tokenizer),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ before the loop
+
+
+def _dataset(recipe: Recipe, progress: Progress) -> Dataset:
+    data = recipe.data
+    corpus = open_corpus(data.corpus, None if data.tokens == "byte" else data.encoding)
+    dataset = prepare(corpus, Vocabulary(data.tokens, data.vocab_size, data.min_count, data.unknown))
+    note = f"{dataset.name}: " + ", ".join(f"{split} {info.tokens:,}" for split, info in dataset.splits.items())
+    progress(
+        _note(f"{note} tokens; vocabulary {len(dataset.tokenizer):,}" + (f"; {dataset.note}" * bool(dataset.note)))
+    )
+    valid = dataset.splits["valid"]
+    if valid.unknown > 0.05 * valid.tokens:
+        share = valid.unknown / valid.tokens
+        progress(_note(f"{share:.1%} of valid is <unk>; --data.vocab-size, --data.min-count or --data.tokens bpe help"))
+    if valid.tokens < 2 or dataset.splits["test"].tokens < 2:
+        raise UnrolledError(f"{dataset.name} is too short: valid and test take two tokens or more each")
+    return dataset
+
+
+def _located(data: str) -> str:
+    """A path that holds from any folder; a name as it is."""
+    return str(Path(data).resolve()) if data != "-" and Path(data).exists() else data
+
+
+def _resumed(
+    recipe: Recipe | str | Path | None, out: str | Path | None, changes: dict[str, Any]
+) -> tuple[Recipe, Path]:
+    """The recipe and folder to go on with; refused where the recipe asks for something else than was begun."""
+    asked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe) if recipe is not None else None
+    path = Path(out) if out is not None else folder.latest_folder(asked.name if asked else "demo")
+    if path is None or not resume_file(path).is_file():
+        raise UnrolledError(f"{path or 'runs'} holds nothing to resume; pass the run folder with --out")
+    manifest = folder.read_manifest(path)
+    saved = load_recipe(path / "recipe.toml")
+    wanted = (asked or saved).changed(changes)
+    if asked and "data.corpus" not in changes:
+        wanted = wanted.changed({"data.corpus": saved.data.corpus})
+    different = [name for name in wanted.differences(saved) if name not in MAY_CHANGE]
+    if different:
+        raise UnrolledError(f"{path} was begun with other values of {', '.join(different)}; resume without them")
+    if wanted != saved:
+        hashes = manifest["files"]  # without its hash for a moment, lest a break between two writes look like damage
+        hashes.pop("recipe.toml")
+        folder.write_manifest(path, manifest)
+        write_whole(path / "recipe.toml", wanted.to_toml().encode())
+        folder.write_manifest(path, manifest | {"files": hashes | {"recipe.toml": sha256_of(path / "recipe.toml")}})
+    return wanted, path
+
+
+def _resumed_dataset(path: Path, recipe: Recipe) -> Dataset:
+    """The very ids that the training began with."""
+    corpus = folder.read_manifest(path)["corpus"]
+    if (dataset := find_prepared(corpus["prepared"])) is not None:
+        return dataset
+    if recipe.data.corpus == "-":
+        raise UnrolledError(f"the text of {path} came from standard input and is no longer in the cache")
+    dataset = _dataset(recipe, lambda event: None)
+    if dataset.key != corpus["prepared"]:
+        raise UnrolledError(f"{dataset.name} is not the text that {path} was begun with")
+    return dataset
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is a GPU where there is one.
+
+    Raises:
+        UnrolledError: this PyTorch has no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UnrolledError(f"no device {name!r} here; --device cpu, or auto to take what there is") from error
+    return device
+
+
+def _note(text: str) -> dict[str, Any]:
+    return {"event": "note", "text": text}
+
+
+class StopRequest:
+    """Within it, SIGINT and SIGTERM ask for a stop after the current step; a second SIGINT stops at once.
+
+    Off the main thread, where Python has no signals, nothing is asked for.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+class _Clock:
+    """Seconds of training, over breaks too, and the speed within the running epoch."""
+
+    def __init__(self, position: Position) -> None:
+        self.position = position
+        self.begun = time.monotonic() - position.elapsed_s
+        self.start_epoch()
+
+    def start_epoch(self) -> None:
+        self.epoch_begun, self.tokens_before = time.monotonic(), self.position.tokens
+
+    def read(self) -> float:
+        self.position.elapsed_s = time.monotonic() - self.begun
+        return self.position.elapsed_s
+
+    def tokens_per_second(self) -> float:
+        return (self.position.tokens - self.tokens_before) / max(time.monotonic() - self.epoch_begun, 1e-9)

@@ -69,7 +69,7 @@ class Model(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability that a unit is dropped, on the embedding and on every layer's output."""
     init_scale: PositiveFloat = 0.1
-    """Parameters begin uniform between minus this and this."""
+    """Weights begin uniform between minus this and this, biases at 0."""
     forget_bias: float = 0.0
     """Added to the LSTM's forget gate at the start; the references use none."""
 

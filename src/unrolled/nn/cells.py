@@ -38,9 +38,10 @@ class Cell(nn.Module, ABC):
         self.reset_parameters(hidden_size**-0.5)
 
     def reset_parameters(self, init_scale: float) -> None:
-        """Every parameter uniform in [-init_scale, init_scale], biases too (Zaremba et al. 2014)."""
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -init_scale, init_scale)
+        """Weights uniform in [-init_scale, init_scale], biases zero."""
+        nn.init.uniform_(self.weight_ih, -init_scale, init_scale)
+        nn.init.uniform_(self.weight_hh, -init_scale, init_scale)
+        nn.init.zeros_(self.bias_ih)
 
     @abstractmethod
     def initial_state(self, batch_size: int) -> State:

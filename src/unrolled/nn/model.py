@@ -1,6 +1,7 @@
 """The language model: embedding -> stacked recurrent layers -> decoder."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import final
 
 import torch
@@ -23,7 +24,7 @@ class LanguageModel(nn.Module):
         hidden_sizes: H of each of the L layers, from the bottom up.
         cell: a name in `CELLS`.
         dropout: the probability that a unit is dropped (1 - "keep probability").
-        init_scale: every parameter begins uniform in [-init_scale, init_scale].
+        init_scale: every weight begins uniform in [-init_scale, init_scale], every bias at zero.
         forget_bias: added to the LSTM's forget gate at the start; the references use none.
     """
 
@@ -41,17 +42,21 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(vocab_size, embedding_size)
         sizes = [embedding_size, *hidden_sizes]
         options = {"forget_bias": forget_bias} if cell == "lstm" else {}
-        self.layers = nn.ModuleList(CELLS[cell](e, h, **options) for e, h in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(CELLS[cell](e, h, **options) for e, h in pairwise(sizes))
         self.decoder = nn.Linear(sizes[-1], vocab_size)
         self.dropout = nn.Dropout(dropout)
         self.unroll: Unroll = unroll
         self.reset_parameters(init_scale)
 
     def reset_parameters(self, init_scale: float) -> None:
-        """Draw every parameter anew, from torch's global generator."""
-        for module in (self.embedding, self.decoder):
-            for parameter in module.parameters():
-                nn.init.uniform_(parameter, -init_scale, init_scale)
+        """Draw the weights anew, from torch's global generator.
+
+        Biases begin at zero (Zaremba et al. draw them too): the loss before training is then ln V whatever the seed,
+        which is worth more as a check than the noise of a few frequent words' biases.
+        """
+        nn.init.uniform_(self.embedding.weight, -init_scale, init_scale)
+        nn.init.uniform_(self.decoder.weight, -init_scale, init_scale)
+        nn.init.zeros_(self.decoder.bias)
         for cell in self.layers:
             cell.reset_parameters(init_scale)
 

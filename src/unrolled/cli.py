@@ -31,6 +31,15 @@ data_app = App(name="data", help="The corpora: what there is, where it is, how t
 app.command(data_app)
 
 
+SHORT_FORMS = {
+    "data.encoding": ["--encoding"],
+    "training.max_epochs": ["--max-epochs"],
+    "training.seed": ["--seed"],
+    "training.device": ["--device"],
+    "training.precision": ["--precision"],
+}
+
+
 def _recipe_options() -> type:
     """One option for every field of a recipe, `--training.num-steps` and the like, with the field's own help."""
     groups = {
@@ -44,7 +53,7 @@ def _recipe_options() -> type:
         default = about.get_default(call_default_factory=True)
         default = ",".join(map(str, default)) if isinstance(default, tuple) else str(default).lower()
         parameter = Parameter(
-            name="--" + dotted.replace("_", "-"),
+            name=["--" + dotted.replace("_", "-"), *SHORT_FORMS.get(dotted, [])],
             help=f"{about.description} [default: {default}]",
             group=groups[section],
         )
@@ -68,11 +77,6 @@ def train(
     data: str | None = None,
     out: Path | None = None,
     resume: bool = False,
-    max_epochs: str | None = None,
-    seed: str | None = None,
-    device: str | None = None,
-    precision: str | None = None,
-    encoding: str | None = None,
     quiet: bool = False,
     json: Json = False,
     options: Annotated[RecipeOptions, Parameter(name="*")] = RecipeOptions(),  # noqa: B008
@@ -89,31 +93,13 @@ def train(
         The run folder; runs/RECIPE-N when left out.
     resume
         Go on with the run folder of --out, or with the newest of this recipe.
-    max_epochs
-        Short for --training.max-epochs.
-    seed
-        Short for --training.seed.
-    device
-        Short for --training.device.
-    precision
-        Short for --training.precision.
-    encoding
-        Short for --data.encoding.
     quiet
         No progress.
     """
     from unrolled.progress import Display
     from unrolled.training.loop import train as train_recipe
 
-    short = {
-        "training.max_epochs": max_epochs,
-        "training.seed": seed,
-        "training.device": device,
-        "training.precision": precision,
-        "data.encoding": encoding,
-    }
     changes = {name.replace("__", "."): value for name, value in vars(options).items()}
-    changes |= {name: value for name, value in short.items() if value is not None}
     changes = {name: value for name, value in changes.items() if value is not None}
     with Display(quiet=quiet, on_epoch=_print_epoch if json else None) as display:
         run = train_recipe(recipe, data=data, out=out, resume=resume, changes=changes, progress=display)
@@ -423,8 +409,9 @@ def data_show(name: str, /, *, encoding: str = "utf-8", tokens: str = "word", js
     tokens
         word, character, byte or bpe.
     """
+    from unrolled.data.dataset import prepare
     from unrolled.data.text import open_corpus
-    from unrolled.data.tokens import Vocabulary, prepare
+    from unrolled.data.tokens import Vocabulary
     from unrolled.recipe import Recipe
 
     unit = Recipe().changed({"data.tokens": tokens}).data.tokens
@@ -453,8 +440,7 @@ def _load(path: Path, device: str) -> "Run":
 
 def _lines(file: str) -> Iterator[str]:
     """The lines of a UTF-8 file or of standard input, as they come."""
-    stream = sys.stdin.buffer if file == "-" else Path(file).open("rb")
-    with stream:
+    with sys.stdin.buffer if file == "-" else open(file, "rb") as stream:
         for number, line in enumerate(stream, start=1):
             try:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")

@@ -26,8 +26,9 @@ import safetensors.torch
 import torch
 
 from unrolled import __version__
+from unrolled.data.dataset import Dataset, prepare_with
 from unrolled.data.text import open_corpus, open_text
-from unrolled.data.tokens import Dataset, Tokenizer, prepare_with
+from unrolled.data.tokens import Tokenizer
 from unrolled.errors import UnrolledError
 from unrolled.files import sha256_of, write_whole
 from unrolled.inference.evaluate import Evaluation, evaluate_exact, evaluate_paper
@@ -310,7 +311,7 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
     except (OSError, safetensors.SafetensorError) as error:
         raise UnrolledError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     expected = metadata.pop("sha256", None)

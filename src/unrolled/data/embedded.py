@@ -60,11 +60,8 @@ def _words(symbol: str, draw: random.Random) -> Iterator[str]:
     if symbol not in GRAMMAR:
         yield symbol
         return
-    point = draw.random()
-    for probability, expansion in GRAMMAR[symbol]:
-        point -= probability
-        if point < 0:
-            break
+    probabilities, expansions = zip(*GRAMMAR[symbol], strict=True)
+    (expansion,) = draw.choices(expansions, probabilities)
     for part in expansion:
         yield from _words(part, draw)
 

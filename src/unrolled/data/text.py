@@ -1,8 +1,6 @@
-"""A corpus by name, path or archive -> the text of train, valid and test, checked by hash.
+"""A corpus by name, path or archive -> where the text of train, valid and test lies, checked by hash and by count.
 
-Whatever it came from, a split is a range of bytes of a plain file, so nothing here grows with the corpus:
-
-    'ptb'  mine.txt  folder/  texts.tgz  -     ->  Corpus{train, valid, test: Split(file, start, stop)}  ->  str pieces
+'ptb'  mine.txt  folder/  texts.tgz  -     ->     Corpus{train, valid, test: Split(file, start, stop)}
 """
 
 import codecs
@@ -11,42 +9,18 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from unrolled.data import archives, embedded
+from unrolled.data.reading import Corpus, Split
 from unrolled.errors import UnrolledError, did_you_mean
 from unrolled.files import sha256_of, write_whole, written_whole
 
 SPLITS = ("train", "valid", "test")
 _SHARES = (0.90, 0.95)
 """Where valid and test begin in a text that has no splits of its own."""
-_PIECE = 1 << 18
-"""Bytes read at a time: the words of a piece stay in the processor's cache."""
-_LONGEST_WORD = 1 << 20
-_WHITE_SPACE = b" \n\r"
-
-
-@dataclass(frozen=True)
-class Split:
-    """The bytes `start` to `stop` of a file, and their SHA-256."""
-
-    path: Path
-    start: int
-    stop: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """The text of some splits. `note` says how it was split, where that was done here; `encoding` None means bytes."""
-
-    name: str
-    splits: dict[str, Split]
-    note: str = ""
-    encoding: str | None = "utf-8"
 
 
 @dataclass(frozen=True)
@@ -57,6 +31,7 @@ class KnownCorpus:
     url: str = ""
     archive: str = ""
     members: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()
     sha256: tuple[str, ...] = ()
 
 
@@ -68,6 +43,7 @@ KNOWN: dict[str, KnownCorpus] = {
         url="http://www.fit.vutbr.cz/~imikolov/rnnlm/simple-examples.tgz",
         archive="simple-examples.tgz",
         members=("ptb.train.txt", "ptb.valid.txt", "ptb.test.txt"),
+        sizes=(5_101_618, 399_782, 449_945),
         sha256=(
             "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
             "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
@@ -199,7 +175,7 @@ def import_corpus(name: str, path: Path) -> Corpus:
     corpus = _known(name, path)
     folder = cache_folder() / "corpora" / name
     if path.is_dir():
-        copies = {split.path: folder / member for split, member in zip(corpus.splits.values(), known.members)}
+        copies = {split.path: folder / split.path.name for split in corpus.splits.values()}
     else:
         copies = {path: folder / (known.archive if archives.is_archive(path) else known.members[0])}
     for source, copy in copies.items():
@@ -248,7 +224,9 @@ def _known(name: str, source: Path) -> Corpus:
     if name == "text8":
         return _text8(source.name, paths["text8"])
     splits = _files(name, {split: paths[member] for split, member in zip(SPLITS, known.members, strict=True)})
-    for member, split, expected in zip(known.members, splits.values(), known.sha256, strict=True):
+    for member, split, size, expected in zip(known.members, splits.values(), known.sizes, known.sha256, strict=True):
+        if split.stop != size:
+            raise UnrolledError(f"{source.name} is not {name}: {member} has {split.stop:,} bytes, not {size:,}")
         if split.sha256 != expected:
             raise UnrolledError(f"{source.name} is not {name}: {member} has SHA-256 {split.sha256}, not {expected}")
     return Corpus(name, splits)
@@ -403,91 +381,3 @@ def _recoded(path: Path, encoding: str | None) -> Path:
             except UnicodeError as error:
                 raise UnrolledError(f"{path.name} is not {encoding}: {error.reason}") from error
     return copy
-
-
-# ------------------------------------------------------------------------------------------------ reading a split
-
-
-def read_text(corpus: Corpus, split: str) -> Iterator[str]:
-    """The text of a split in pieces, each from the white space before a word on, so that neither is cut.
-
-    Line ends become "\\n" whether they were "\\r\\n", "\\r" or "\\n"; a byte order mark is left out.
-
-    Raises:
-        UnrolledError: bytes that are not UTF-8, or NUL; the message names file, line and byte.
-    """
-    part = corpus.splits[split]
-    held = b""  # the beginning of a word that goes on in the next piece
-    for raw, position in _raw(part):
-        piece = held + raw
-        start = position - len(held)
-        if position == 0:
-            piece = piece.removeprefix(codecs.BOM_UTF8)
-            start = position + len(raw) - len(piece)
-        last = position + len(raw) == part.stop
-        end = len(piece) if last else _last_word_end(piece)
-        if end == 0 and len(piece) > _LONGEST_WORD:
-            end = _whole_characters(piece)
-        piece, held = piece[:end], piece[end:]
-        yield _decoded(corpus.name, part, piece, start)
-
-
-def read_bytes(corpus: Corpus, split: str) -> Iterator[bytes]:
-    """The bytes of a split as they are, in pieces."""
-    for raw, _ in _raw(corpus.splits[split]):
-        yield raw
-
-
-def _raw(part: Split) -> Iterator[tuple[bytes, int]]:
-    with part.path.open("rb") as file:
-        file.seek(part.start)
-        position = part.start
-        while raw := file.read(min(_PIECE, part.stop - position)):
-            yield raw, position
-            position += len(raw)
-
-
-def _last_word_end(piece: bytes) -> int:
-    """Where the white space before the last word begins."""
-    words = piece.rstrip(_WHITE_SPACE)
-    return len(words[: max(words.rfind(mark) for mark in (b" ", b"\n", b"\r")) + 1].rstrip(_WHITE_SPACE))
-
-
-def _whole_characters(piece: bytes) -> int:
-    """The length of the part of `piece` that does not cut a character, nor a CR from its LF."""
-    end = len(piece) - 1
-    while end > len(piece) - 4 and piece[end] & 0xC0 == 0x80:
-        end -= 1
-    return end
-
-
-def _decoded(name: str, part: Split, piece: bytes, start: int) -> str:
-    try:
-        text = piece.decode()
-        nul = piece.find(b"\0")
-        if nul >= 0:
-            raise UnrolledError(
-                f"{_place(name, part.path, start + nul)}: a NUL, so this is no plain text; "
-                "pass --encoding utf-16 if it is that, or --data.tokens byte"
-            )
-    except UnicodeDecodeError as error:
-        place = _place(name, part.path, start + error.start)
-        byte = piece[error.start]
-        raise UnrolledError(f"{place}: not UTF-8 (0x{byte:02x}); convert the file or pass --encoding") from error
-    if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return text
-
-
-def _place(name: str, path: Path, position: int) -> str:
-    """Where a byte lies, as a person counts: line and byte from 1."""
-    line, line_start = 1, 0
-    with path.open("rb") as file:
-        offset = 0
-        while block := file.read(min(1 << 20, position - offset)):
-            line += block.count(b"\n")
-            if b"\n" in block:
-                line_start = offset + block.rindex(b"\n") + 1
-            offset += len(block)
-    file_name = name if path.name in ("text.txt",) or path.name.startswith("stdin-") else path.name
-    return f"{file_name}, line {line}, byte {position - line_start + 1}"

@@ -14,8 +14,9 @@ import torch
 
 from unrolled import run as folder
 from unrolled.data.batches import Windows
+from unrolled.data.dataset import Dataset, find_prepared, prepare
 from unrolled.data.text import open_corpus
-from unrolled.data.tokens import Dataset, Vocabulary, find_prepared, prepare
+from unrolled.data.tokens import Vocabulary
 from unrolled.errors import UnrolledError
 from unrolled.files import sha256_of, write_whole
 from unrolled.inference.evaluate import Evaluation, evaluate_exact, evaluate_paper, unigram_perplexity

@@ -1,0 +1,121 @@
+"""Makes what in docs/ comes from the code: commands.md, windows.svg, results/*.svg. Run by `make docs`."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from unrolled.cli import app
+from unrolled.data.batches import Windows
+
+DOCS = Path(__file__).parent
+WORDS = "the cat sat on the mat and the dog lay by the door all day".split()[:14]
+COLOURS = ("#4c78a8", "#e8833a")
+
+
+def main() -> None:
+    (DOCS / "commands.md").write_text(commands(), encoding="utf-8")
+    (DOCS / "windows.svg").write_text(windows_drawing(), encoding="utf-8")
+    for metrics in sorted((DOCS / "results").glob("*.metrics.jsonl")):
+        curves(metrics, metrics.with_name(metrics.name.replace(".metrics.jsonl", ".svg")))
+
+
+def commands() -> str:
+    """The help of every command, as Markdown."""
+    text = app.generate_docs(output_format="markdown", heading_level=1)
+    return "<!-- made by docs/make.py from src/unrolled/cli.py -->\n\n" + text.rstrip() + "\n"
+
+
+def windows_drawing() -> str:
+    """How text becomes ids, streams and windows: the windows are those that `Windows` really cuts."""
+    ids = np.array([sorted(set(WORDS)).index(word) for word in WORDS])
+    windows = list(Windows(np.arange(14), batch_size=2, num_steps=3))
+    cell, left = 58, 110
+    parts = []
+
+    def text(x: float, y: float, content: str, size: int = 13, anchor: str = "middle", style: str = "") -> None:
+        parts.append(f'<text x="{x:g}" y="{y:g}" font-size="{size}" text-anchor="{anchor}" {style}>{content}</text>')
+
+    def box(x: float, y: float, colour: str, opacity: float) -> None:
+        parts.append(
+            f'<rect x="{x + 2:g}" y="{y - 18:g}" width="{cell - 4}" height="26" rx="5" fill="{colour}" '
+            f'fill-opacity="{opacity}" stroke="{colour}"/>'
+        )
+
+    muted = 'fill="#777"'
+    text(left - 14, 40, "text", anchor="end", style=muted)
+    text(left - 14, 76, "ids", anchor="end", style=muted)
+    for n, word in enumerate(WORDS):
+        x = left + n * cell + cell / 2
+        text(x, 40, word)
+        box(left + n * cell, 76, COLOURS[n // 7], 0.15)
+        text(x, 76, str(ids[n]))
+    text(left, 118, "cut into B = 2 streams side by side; a window is T = 3 steps of both", 13, "start", muted)
+    for k, (inputs, targets) in enumerate(windows):
+        shift = left + k * 3 * cell + k * 76
+        text(shift + 1.5 * cell, 152, f"window {k}: inputs (T, B)", style='font-weight="600"')
+        text(shift + 1.5 * cell, 262, "targets (T, B), one step on", style='font-weight="600"')
+        for rows, top, opacity in ((inputs, 182, 0.15), (targets, 292, 0.4)):
+            for stream in range(2):
+                for step in range(3):
+                    position = int(rows[step, stream])
+                    box(shift + step * cell, top + stream * 32, COLOURS[stream], opacity)
+                    text(shift + step * cell + cell / 2, top + stream * 32, WORDS[position])
+        if k:
+            for stream in range(2):
+                y = 178 + stream * 32
+                parts.append(f'<path d="M{shift - 70} {y}H{shift - 8}" stroke="#555" marker-end="url(#arrow)"/>')
+            text(shift - 38, 166, "state", 12, style=muted)
+    for stream in range(2):
+        text(left - 14, 182 + stream * 32, f"stream {stream}", anchor="end", style=f'fill="{COLOURS[stream]}"')
+        text(left - 14, 292 + stream * 32, f"stream {stream}", anchor="end", style=f'fill="{COLOURS[stream]}"')
+    x = left + 6 * cell + 76 + 24
+    lines = (
+        "The state starts at zero with the epoch",
+        "and is carried from window to window;",
+        "gradients stop at a window's first step.",
+        "What fills no window is dropped:",
+        f"here “{WORDS[6]}” and “{WORDS[13]}” are targets only.",
+    )
+    for n, line in enumerate(lines):
+        text(x, 182 + 22 * n, line, 13, "start", 'fill="#444"')
+    body = "\n".join(parts)
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 950 350" font-family="system-ui, sans-serif" '
+        'fill="#222">\n<title>How text becomes streams and windows</title>\n'
+        '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+        '<path d="M0 0L8 4L0 8z" fill="#555"/></marker></defs>\n'
+        f'<rect width="950" height="350" fill="#fff"/>\n{body}\n</svg>\n'
+    )
+
+
+def curves(metrics: Path, picture: Path) -> None:
+    """Perplexity of train and valid by epoch, from a recorded run."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = metrics.name  # the same picture every time
+    from matplotlib import pyplot
+
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    epochs = [record for record in records if "valid_perplexity" in record]
+    figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+    x = [record["epoch"] for record in epochs]
+    for name, colour in (("train", COLOURS[0]), ("valid", COLOURS[1])):
+        y = [record[f"{name}_perplexity"] for record in epochs]
+        axes.plot(x, y, "o-", color=colour, markersize=4)
+        axes.annotate(
+            f"{name} {y[-1]:.1f}", (x[-1], y[-1]), (6, 0), textcoords="offset points", va="center", color=colour
+        )
+    axes.set(xlabel="epoch", ylabel="perplexity", yscale="log", xlim=(0.7, x[-1] + 1.8))
+    axes.set_xticks(x)
+    ticks = [40, 50, 70, 100, 150, 200, 300]
+    axes.set_yticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    figure.savefig(picture, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""A corpus as ids: memory-mapped, in the smallest integer type, in a cache keyed by the hash of the text.
+
+A second start reads no text, and memory does not grow with the corpus.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unrolled.data.reading import Corpus, read_bytes, read_lines, read_text
+from unrolled.data.text import cache_folder
+from unrolled.data.tokens import Tokenizer, Vocabulary, learn
+from unrolled.errors import UnrolledError
+from unrolled.files import write_whole
+
+_FORMAT = 1
+"""Raised when the ids of the same text and settings would come out otherwise than before."""
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """What is known of a split without reading it: hash of the text, counts."""
+
+    sha256: str
+    tokens: int
+    unknown: int
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A corpus as ids: memory-mapped, in the smallest integer type, in the cache under `key`."""
+
+    name: str
+    note: str
+    key: str
+    tokenizer: Tokenizer
+    ids: dict[str, np.ndarray]
+    splits: dict[str, SplitInfo]
+
+
+def prepare(corpus: Corpus, vocabulary: Vocabulary) -> Dataset:
+    """A corpus with the tokenizer learnt from its training text, and its ids; from the cache where they are there."""
+    return _cached(corpus, asdict(vocabulary), lambda folder: learn(corpus, vocabulary, folder))
+
+
+def prepare_with(corpus: Corpus, tokenizer: Tokenizer) -> Dataset:
+    """A corpus as the ids of a tokenizer that was learnt before."""
+    return _cached(corpus, {"tokenizer": tokenizer.to_json()}, lambda folder: tokenizer)
+
+
+def find_prepared(key: str) -> Dataset | None:
+    """The dataset of that key, if the cache still holds it; then the corpus itself is not needed."""
+    folder = cache_folder() / "ids" / key
+    return _open(folder) if (folder / "dataset.json").is_file() else None
+
+
+def _cached(corpus: Corpus, settings: dict[str, Any], make: Callable[[Path], Tokenizer]) -> Dataset:
+    hashes = {split: part.sha256 for split, part in corpus.splits.items()}
+    identity = json.dumps([_FORMAT, corpus.encoding, settings, hashes], sort_keys=True)
+    key = hashlib.sha256(identity.encode()).hexdigest()
+    if (ready := find_prepared(key)) is not None:
+        return replace(ready, name=corpus.name, note=corpus.note)
+    folder = cache_folder() / "ids" / key
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".incoming-", dir=folder.parent))
+    try:
+        tokenizer = make(work)
+        infos = {split: _write_ids(corpus, split, tokenizer, work) for split in corpus.splits}
+        write_whole(work / "tokenizer.json", tokenizer.to_json().encode())
+        about = {"name": corpus.name, "note": corpus.note, "splits": {s: asdict(info) for s, info in infos.items()}}
+        write_whole(work / "dataset.json", json.dumps(about).encode())
+        try:
+            work.rename(folder)
+        except OSError:  # another process was first
+            if not (folder / "dataset.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return _open(folder)
+
+
+def _open(folder: Path) -> Dataset:
+    about = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    splits = {split: SplitInfo(**info) for split, info in about["splits"].items()}
+    ids = {split: np.memmap(folder / f"{split}.ids", tokenizer.dtype, mode="r") for split in splits}
+    return Dataset(about["name"], about["note"], folder.name, tokenizer, ids, splits)
+
+
+def _write_ids(corpus: Corpus, split: str, tokenizer: Tokenizer, folder: Path) -> SplitInfo:
+    path = folder / f"{split}.ids"
+    if not path.exists():
+        with path.open("wb") as file:
+            for ids in encode_split(corpus, split, tokenizer):
+                file.write(ids.tobytes())
+    tokens = unknown = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            ids = np.frombuffer(block, tokenizer.dtype)
+            tokens += len(ids)
+            unknown += 0 if tokenizer.unknown_id is None else int(np.count_nonzero(ids == tokenizer.unknown_id))
+    if tokens == 0:
+        raise UnrolledError(f"{corpus.name}: the {split} split holds no token")
+    return SplitInfo(corpus.splits[split].sha256, tokens, unknown)
+
+
+def encode_split(corpus: Corpus, split: str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """The ids of a split, piece by piece."""
+    if tokenizer.unit == "byte":
+        return (np.frombuffer(piece, np.uint8) for piece in read_bytes(corpus, split))
+    if tokenizer.unit == "character":
+        return map(tokenizer.encode, read_text(corpus, split))
+    return map(tokenizer.encode, read_lines(corpus, split))

@@ -1,0 +1,131 @@
+"""The text of a split, piece by piece: bytes of a plain file -> str, with an error that names file, line and byte.
+
+Whatever a corpus came from, its splits are ranges of bytes of plain files, so nothing here grows with the corpus.
+"""
+
+import codecs
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from unrolled.errors import UnrolledError
+
+_PIECE = 1 << 18
+"""Bytes read at a time: the words of a piece stay in the processor's cache."""
+_LONGEST_WORD = 1 << 20
+_WHITE_SPACE = b" \n\r"
+
+
+@dataclass(frozen=True)
+class Split:
+    """The bytes `start` to `stop` of a file, and their SHA-256."""
+
+    path: Path
+    start: int
+    stop: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The text of some splits. `note` says how it was split, where that was done here; `encoding` None means bytes."""
+
+    name: str
+    splits: dict[str, Split]
+    note: str = ""
+    encoding: str | None = "utf-8"
+
+
+def read_text(corpus: Corpus, split: str) -> Iterator[str]:
+    """The text of a split in pieces, each from the white space before a word on, so that neither is cut.
+
+    Line ends become "\\n" whether they were "\\r\\n", "\\r" or "\\n"; a byte order mark is left out.
+
+    Raises:
+        UnrolledError: bytes that are not UTF-8, or NUL; the message names file, line and byte.
+    """
+    part = corpus.splits[split]
+    held = b""  # the beginning of a word that goes on in the next piece
+    for raw, position in _raw(part):
+        piece = held + raw
+        start = position - len(held)
+        if position == 0:
+            piece = piece.removeprefix(codecs.BOM_UTF8)
+            start = position + len(raw) - len(piece)
+        last = position + len(raw) == part.stop
+        end = len(piece) if last else _last_word_end(piece)
+        if end == 0 and len(piece) > _LONGEST_WORD:
+            end = _whole_characters(piece)
+        piece, held = piece[:end], piece[end:]
+        yield _decoded(corpus.name, part, piece, start)
+
+
+def read_lines(corpus: Corpus, split: str) -> Iterator[str]:
+    """The text of a split in pieces, a last line without its line end given one."""
+    last = "\n"
+    for piece in read_text(corpus, split):
+        yield piece
+        last = piece[-1:] or last
+    if last != "\n":
+        yield "\n"
+
+
+def read_bytes(corpus: Corpus, split: str) -> Iterator[bytes]:
+    """The bytes of a split as they are, in pieces."""
+    for raw, _ in _raw(corpus.splits[split]):
+        yield raw
+
+
+def _raw(part: Split) -> Iterator[tuple[bytes, int]]:
+    with part.path.open("rb") as file:
+        file.seek(part.start)
+        position = part.start
+        while raw := file.read(min(_PIECE, part.stop - position)):
+            yield raw, position
+            position += len(raw)
+
+
+def _last_word_end(piece: bytes) -> int:
+    """Where the white space before the last word begins."""
+    words = piece.rstrip(_WHITE_SPACE)
+    return len(words[: max(words.rfind(mark) for mark in (b" ", b"\n", b"\r")) + 1].rstrip(_WHITE_SPACE))
+
+
+def _whole_characters(piece: bytes) -> int:
+    """The length of the part of `piece` that does not cut a character, nor a CR from its LF."""
+    end = len(piece) - 1
+    while end > len(piece) - 4 and piece[end] & 0xC0 == 0x80:
+        end -= 1
+    return end
+
+
+def _decoded(name: str, part: Split, piece: bytes, start: int) -> str:
+    try:
+        text = piece.decode()
+        nul = piece.find(b"\0")
+        if nul >= 0:
+            raise UnrolledError(
+                f"{_place(name, part.path, start + nul)}: a NUL, so this is no plain text; "
+                "pass --encoding utf-16 if it is that, or --data.tokens byte"
+            )
+    except UnicodeDecodeError as error:
+        place = _place(name, part.path, start + error.start)
+        byte = piece[error.start]
+        raise UnrolledError(f"{place}: not UTF-8 (0x{byte:02x}); convert the file or pass --encoding") from error
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return text
+
+
+def _place(name: str, path: Path, position: int) -> str:
+    """Where a byte lies, as a person counts: line and byte from 1."""
+    line, line_start = 1, 0
+    with path.open("rb") as file:
+        offset = 0
+        while block := file.read(min(1 << 20, position - offset)):
+            line += block.count(b"\n")
+            if b"\n" in block:
+                line_start = offset + block.rindex(b"\n") + 1
+            offset += len(block)
+    file_name = name if path.name in ("text.txt",) or path.name.startswith("stdin-") else path.name
+    return f"{file_name}, line {line}, byte {position - line_start + 1}"

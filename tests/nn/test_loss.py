@@ -1,0 +1,48 @@
+"""Summed nats against PyTorch's cross-entropy, in value and gradient, whatever the logits."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis.strategies import floats, integers
+
+from unrolled.nn.loss import bits_per, loss, loss_plain, perplexity
+
+
+@given(T=integers(1, 9), B=integers(1, 7), V=integers(1, 50), scale=floats(0.01, 1e4))
+def test_the_loss_is_the_plain_one(T: int, B: int, V: int, scale: float) -> None:
+    torch.manual_seed(T + 10 * B + 100 * V)
+    values, targets = torch.randn(T, B, V) * scale, torch.randint(V, (T, B))
+    results = []
+    for way in (loss_plain, loss):
+        logits = values.clone().requires_grad_()
+        nll_nats, count = way(logits * 1.0, targets)
+        assert count == T * B
+        (gradient,) = torch.autograd.grad(nll_nats / 3, logits)
+        results.append((nll_nats, gradient))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-4, atol=1e-5)
+
+
+def test_logits_of_ten_thousand_are_no_overflow() -> None:
+    logits = torch.tensor([[[1e4, -1e4, 0.0]]], requires_grad=True)
+    for target, expected in ((0, 0.0), (1, 2e4), (2, 1e4)):
+        nll_nats, _ = loss(logits * 1.0, torch.tensor([[target]]))
+        assert nll_nats.item() == expected
+        (gradient,) = torch.autograd.grad(nll_nats, logits)
+        assert gradient.isfinite().all()
+
+
+def test_a_second_backward_is_an_error_and_not_a_wrong_gradient() -> None:
+    logits = torch.randn(2, 3, 4, requires_grad=True)
+    nll_nats, _ = loss(logits * 1.0, torch.zeros(2, 3, dtype=torch.int64))
+    nll_nats.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        nll_nats.backward()
+
+
+def test_figures_follow_from_sums() -> None:
+    assert perplexity(10 * math.log(7), 10) == pytest.approx(7)
+    assert bits_per(8 * math.log(2), 4) == pytest.approx(2)
+    assert perplexity(1e6, 1) == math.inf

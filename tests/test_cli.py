@@ -1,0 +1,282 @@
+"""The command: every answer, and every mistake in one line with exit status 2."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from unrolled import Run
+from unrolled.cli import main
+
+Write = Callable[[str, bytes | str], Path]
+
+
+class Command:
+    """Runs `unrolled …` in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.capsys, self.monkeypatch = capsys, monkeypatch
+
+    def __call__(self, *arguments: object, stdin: Path | None = None) -> tuple[int, str, str]:
+        self.capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped, open(stdin or "/dev/null", encoding="utf-8") as file:
+            self.monkeypatch.setattr("sys.stdin", file)
+            main([str(argument) for argument in arguments])
+        out, err = self.capsys.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    def json(self, *arguments: object, stdin: Path | None = None) -> list[dict]:
+        status, out, err = self(*arguments, "--json", stdin=stdin)
+        assert status == 0, err
+        return [json.loads(line) for line in out.splitlines()]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    return Command(capsys, monkeypatch)
+
+
+TINY = ("--max-epochs", 1, "--model.hidden-sizes", 8, "--model.embedding-size", 8, "--training.batch-size", 100)
+
+
+# ------------------------------------------------------------------------------------------------ answers
+
+
+def test_train_answers_a_program_line_by_line(command: Command, tmp_path: Path) -> None:
+    lines = command.json("train", "demo", "--data", "toy", "--out", tmp_path / "run", *TINY, "--max-epochs", 2)
+    assert [set(line) for line in lines[:-1]] == [
+        {"epoch", "train_perplexity", "valid_perplexity", "learning_rate", "tokens_per_second", "elapsed_s"}
+    ] * 2
+    assert lines[-1]["run"] == str(tmp_path / "run")
+    assert lines[-1]["test"] == command.json("evaluate", tmp_path / "run")[0]
+
+
+def test_train_shows_progress_on_standard_error_and_results_on_standard_output(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, out, err = command("train", "--data", "toy", *TINY)
+    assert status == 0
+    assert "before training: 3.6" in err
+    assert "tokens/s" in err
+    assert "unigram" in out
+    assert "run folder runs/demo-1" in out
+    status, out, err = command("train", "--data", "toy", *TINY, "--quiet")
+    assert err == ""
+    assert "run folder runs/demo-2" in out
+
+
+def test_evaluate_answers_with_every_figure(command: Command, toy_run: Run, write: Write) -> None:
+    (answer,) = command.json("evaluate", toy_run.path, "--split", "valid")
+    assert set(answer) == {
+        *("run", "corpus", "split", "protocol", "tokens", "nll_nats", "perplexity", "bits_per_token"),
+        *("characters", "bits_per_character"),
+    }
+    (paper,) = command.json("evaluate", toy_run.path, "--split", "valid", "--protocol", "paper")
+    assert paper["tokens"] < answer["tokens"]
+    (other,) = command.json("evaluate", toy_run.path, "--data", write("mine.txt", "the dog walks\nbirds sing\n"))
+    assert (other["corpus"], other["split"], other["tokens"]) == ("mine.txt", "text", 6)
+    status, out, _ = command("evaluate", toy_run.path)
+    assert status == 0
+    assert "perplexity" in out
+
+
+def test_predict_answers_for_one_prefix_or_many(command: Command, toy_run: Run, write: Write) -> None:
+    (answer,) = command.json("predict", toy_run.path, "the dog", "-k", 3)
+    assert answer["prefix"] == "the dog"
+    assert [set(word) for word in answer["words"]] == [{"word", "probability"}] * 3
+    many = command.json("predict", toy_run.path, "-k", 3, stdin=write("prefixes", "the dog\nbirds\n"))
+    assert many[0] == answer
+    assert many[1]["prefix"] == "birds"
+    _, out, _ = command("predict", toy_run.path, "the dog", "-k", 3)
+    assert out.split()[1::2] == [word["word"] for word in answer["words"]]
+
+
+def test_generate_answers_and_streams_the_same(command: Command, toy_run: Run, write: Write) -> None:
+    (answer,) = command.json("generate", toy_run.path, "--prompt", "the dog", "--length", 15, "--seed", 4)
+    assert answer | {"text": ""} == {"prompt": "the dog", "text": "", "tokens": 15, "seed": 4}
+    _, out, _ = command("generate", toy_run.path, "--prompt", "the dog", "--length", 15, "--seed", 4)
+    assert out == "the dog" + answer["text"] + "\n"
+    _, out, _ = command("generate", toy_run.path, "--prompt-file", write("p", "the dog\n"), "--length", 15, "--seed", 4)
+    assert out == "the dog" + answer["text"] + "\n"
+    (first,) = command.json("generate", toy_run.path, "--length", 5)
+    (again,) = command.json("generate", toy_run.path, "--length", 5, "--seed", first["seed"])
+    assert again == first
+
+
+def test_score_answers_line_by_line_in_order(command: Command, toy_run: Run, write: Write) -> None:
+    lines = write("lines.txt", "the dog walks\nthe zebra walks\n\n")
+    answers = command.json("score", toy_run.path, lines, "--per-token")
+    assert [answer["id"] for answer in answers] == [1, 2, 3]
+    assert [answer["unknown"] for answer in answers] == [0, 1, 0]
+    assert [answer["tokens"] for answer in answers] == [4, 4, 1]
+    for answer in answers:
+        total = sum(token["log_prob"] for token in answer["per_token"])
+        assert answer["log_prob"] == pytest.approx(total)
+        assert answer["perplexity"] == pytest.approx(math.exp(-total / answer["tokens"]))
+    assert command.json("score", toy_run.path, stdin=lines) == [
+        {key: value for key, value in answer.items() if key != "per_token"} for answer in answers
+    ]
+    _, out, _ = command("score", toy_run.path, lines, "--per-token")
+    assert "the zebra walks" in out
+
+
+def test_inspect_lists_parameters_by_name_and_shape(command: Command, toy_run: Run) -> None:
+    (answer,) = command.json("inspect", toy_run.path)
+    assert answer["parameters"]["layers.0.weight_ih"] == [192, 32]
+    assert len(answer["vocabulary"]) == answer["vocab_size"]
+    _, out, _ = command("inspect", toy_run.path)
+    assert "192 × 32" in out
+    assert f"{toy_run.model.num_parameters():,}" in out
+
+
+def test_recipes_are_listed_and_shown(command: Command) -> None:
+    assert [line["name"] for line in command.json("recipes")] == ["demo", "ptb-small"]
+    _, out, _ = command("recipes")
+    assert "115.91" in out
+    _, out, _ = command("recipes", "ptb-small")
+    assert "hidden_sizes" in out
+
+
+def test_corpora_are_listed_shown_and_imported(
+    command: Command, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert {line["name"] for line in command.json("data", "list")} == {"stdlib", "toy", "ptb", "text8"}
+    (shown,) = command.json("data", "show", "toy")
+    assert shown["splits"]["train"]["tokens"] > 100_000
+    _, out, _ = command("data", "show", write("mine.txt", "a few words here\n" * 100))
+    assert "cut 90/5/5" in out
+    assert "begins: a few words" in out
+    monkeypatch.setenv("UNROLLED_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("UNROLLED_DATA", raising=False)
+    status, _, err = command("data", "import", "text8", write("text8", "some text " * 50))
+    assert status == 0
+    assert "the first 500 characters of text8" in err
+    _, out, _ = command("data", "list")
+    assert str(tmp_path / "cache") in out
+
+
+def test_resume_needs_no_recipe_and_goes_on(command: Command, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command("train", "--data", "toy", "--out", out, *TINY)
+    lines = command.json("train", "--resume", "--out", out, "--max-epochs", 2)
+    assert [line.get("epoch") for line in lines] == [2, None]
+
+
+# ------------------------------------------------------------------------------------------------ mistakes
+
+
+def mistake(command: Command, *arguments: object, stdin: Path | None = None) -> str:
+    status, out, err = command(*arguments, stdin=stdin)
+    assert (status, out) == (2, "")
+    assert err.startswith("unrolled: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["trian"], 'Did you mean "train"'),
+        (["train", "ptb-smal"], "no recipe named 'ptb-smal'; did you mean 'ptb-small'? (unrolled recipes lists them)"),
+        (["train", "--bacth-size", "3"], "Unknown option"),
+        (["train", "--training.bacth-size", "3"], "Did you mean --training.batch-size"),
+        (["train", "--training.num-steps", "0"], "--training.num-steps must be at least 1, not 0"),
+        (["train", "--max-epochs", "-1"], "--training.max-epochs must be at least 1, not -1"),
+        (["train", "--seed", "lucky"], "--training.seed must be a whole number, not lucky"),
+        (["train", "--precision", "f16"], "--training.precision must be 'f32' or 'bf16', not f16"),
+        (["train", "--data", "toy", "--device", "abacus", "--out", "x"], "no device 'abacus' here"),
+        (["train", "--max-epochs"], "requires an argument"),
+        (["train", "demo", "more", "still"], "too many arguments: more still"),
+        (["train", "--data", "no-such-file.txt"], "no corpus or file 'no-such-file.txt'"),
+        (
+            ["train", "--data", "toy", "--encoding", "klingon", "--data.tokens", "byte", "--model.cell", "x"],
+            "'lstm' or 'gru'",
+        ),
+        (["train", "--resume", "--out", "nowhere"], "nowhere holds nothing to resume"),
+        (["train", "--resume"], "holds nothing to resume"),
+        (["evaluate"], "requires an argument"),
+        (["evaluate", "nowhere"], "no run folder 'nowhere'"),
+        (["predict", "nowhere", "a"], "no run folder 'nowhere'"),
+        (["inspect", "."], "is not a run folder"),
+        (["recipes", "nothing"], "no recipe named 'nothing'"),
+        (["data", "fetch", "pbt"], "no corpus named 'pbt'; did you mean 'ptb'?"),
+        (["data", "fetch", "stdlib"], "needs no download"),
+        (["data", "import", "ptb", "nowhere.tgz"], "no file 'nowhere.tgz'"),
+        (["data", "show", "nothing.txt"], "no corpus or file 'nothing.txt'"),
+        (["data", "show", "toy", "--tokens", "sentence"], "--data.tokens must be"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(
+    command: Command, arguments: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert expected in mistake(command, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["predict", "a", "-k", "0"], "-k must be at least 1, not 0"),
+        (["predict", "a", "-k", "many"], "many"),
+        (["generate", "--length", "-3"], "--length must be at least 0"),
+        (["generate", "--temperature", "-1"], "--temperature must be at least 0"),
+        (["generate", "--top-p", "0"], "--top-p must be more than 0"),
+        (["generate", "--prompt", "a", "--prompt-file", "b"], "exclude each other"),
+        (["generate", "--prompt-file", "nowhere"], "No such file or directory: nowhere"),
+        (["evaluate", "--split", "tests"], "no split 'tests'"),
+        (["evaluate", "--protocol", "exakt"], "exakt"),
+        (["evaluate", "--device", "abacus"], "no device 'abacus' here"),
+        (["score", "nowhere.txt"], "No such file or directory: nowhere.txt"),
+    ],
+)
+def test_a_mistake_with_a_run_is_one_line_and_status_2(
+    command: Command, toy_run: Run, arguments: list[str], expected: str
+) -> None:
+    assert expected in mistake(command, arguments[0], toy_run.path, *arguments[1:])
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "mine.txt is empty"),
+        (b"good\nb\xffd\n" * 50, "mine.txt, line 2, byte 2: not UTF-8 (0xff); convert the file or pass --encoding"),
+        (b"good\n\0\n" * 50, "mine.txt, line 2, byte 1: a NUL"),
+        (b"too short\n" * 5, "tokens are too few"),
+        (b"\n" * 50, "tokens are too few"),
+        (b"word" * 100, "holds no token"),
+    ],
+)
+def test_a_text_that_cannot_be_trained_on_is_one_line(
+    command: Command, write: Write, tmp_path: Path, content: bytes, expected: str
+) -> None:
+    path = write("mine.txt", content)
+    assert expected in mistake(command, "train", "--quiet", "--data", path, "--out", tmp_path / "run")
+    assert expected in mistake(
+        command, "train", "--quiet", "--data", "-", "--out", tmp_path / "run", stdin=path
+    ).replace("standard input", "mine.txt")
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_is_written_over(command: Command, toy_run: Run) -> None:
+    assert "exists already" in mistake(command, "train", "--quiet", "--data", "toy", *TINY, "--out", toy_run.path)
+
+
+def test_a_resume_that_asks_for_something_else_says_what(command: Command, toy_run: Run, tmp_path: Path) -> None:
+    run = shutil.copytree(toy_run.path, tmp_path / "run")
+    error = mistake(command, "train", "--resume", "--out", run, "--training.num-steps", 7, "--seed", 9)
+    assert "was begun with other values of training.num_steps, training.seed" in error
+
+
+def test_undecodable_lines_are_named(command: Command, toy_run: Run, write: Write) -> None:
+    path = write("bad.txt", b"\xffgood\n")
+    assert "bad.txt, line 1, byte 1: not UTF-8" in mistake(command, "score", toy_run.path, path)
+
+
+def test_a_character_outside_the_vocabulary_is_named(command: Command, character_run: Run) -> None:
+    assert "the character 'Q' is not in the model's vocabulary" in mistake(command, "predict", character_run.path, "Q")

@@ -1,0 +1,110 @@
+"""Recipes: TOML in and out, every value bounded, every error one line that names the option."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from unrolled import Recipe, UnrolledError, load_recipe
+from unrolled.recipe import FIELDS, recipe_header, shipped_recipes
+
+Write = Callable[[str, bytes | str], Path]
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_shipped_recipe_is_named_after_its_file_and_opens_with_its_command(name: str) -> None:
+    assert load_recipe(name).name == name
+    command = recipe_header(name).splitlines()[0]
+    assert command == ("unrolled train" if name == "demo" else f"unrolled train {name}")
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_recipe_written_out_is_the_recipe(name: str, write: Write) -> None:
+    recipe = load_recipe(name).changed({"data.corpus": 'C:\\odd "path"\n\x7f.txt'})
+    assert load_recipe(write("copy.toml", recipe.to_toml())) == recipe
+    for field in FIELDS:
+        assert field.split(".")[1] in recipe.to_toml()
+
+
+def test_every_field_says_what_it_is() -> None:
+    for section in ("data", "model", "training"):
+        for field in type(getattr(Recipe(), section)).model_fields.values():
+            assert field.description
+
+
+def test_ptb_small_is_the_reference_configuration() -> None:
+    recipe = load_recipe("ptb-small")
+    model, training = recipe.model, recipe.training
+    assert (model.embedding_size, model.hidden_sizes, model.dropout, model.init_scale) == (200, (200, 200), 0, 0.1)
+    assert (training.batch_size, training.num_steps, training.max_epochs, training.max_grad_norm) == (20, 20, 13, 5)
+    assert model.forget_bias == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("training.num_steps", "0", "--training.num-steps must be at least 1, not 0"),
+        ("training.max_epochs", "1.5", "--training.max-epochs must be a whole number, not 1.5"),
+        ("training.learning_rate", "fast", "--training.learning-rate must be a number, not fast"),
+        ("training.learning_rate", "inf", "--training.learning-rate must be a finite number, not inf"),
+        ("training.learning_rate", "0", "--training.learning-rate must be more than 0"),
+        ("training.seed", str(1 << 63), "--training.seed must be below 2 to the 63rd"),
+        ("training.optimizer", "adam", "--training.optimizer must be 'sgd' or 'adamw', not adam"),
+        ("model.dropout", "1", "--model.dropout must be less than 1"),
+        ("model.hidden_sizes", "200,many", "--model.hidden-sizes must be a whole number, not many"),
+        ("model.hidden_sizes", "", "--model.hidden-sizes must be a whole number, not ''"),
+        ("model.hidden_sizes", "200,0", "--model.hidden-sizes must be at least 1, not 0"),
+        ("data.unknown", "perhaps", "--data.unknown must be true or false, not perhaps"),
+        ("data.tokens", "words", "--data.tokens must be 'word', 'character', 'byte' or 'bpe', not words"),
+        ("training.num_stepz", "3", "no recipe field 'training.num_stepz'; did you mean 'training.num_steps'?"),
+    ],
+)
+def test_a_value_out_of_bounds_is_named_with_its_bound(option: str, value: str, expected: str) -> None:
+    with pytest.raises(UnrolledError) as caught:
+        Recipe().changed({option: value})
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_values_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(UnrolledError, match="without <unk> the vocabulary has to keep every token"):
+        Recipe().changed({"data.unknown": False, "data.min_count": 2})
+    with pytest.raises(UnrolledError, match="at least 257 for bpe"):
+        Recipe().changed({"data.tokens": "bpe", "data.vocab_size": 100})
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("[training]\nnum_steps = 0", "mine.toml: training.num_steps must be at least 1, not 0"),
+        ("[training]\nbacth_size = 3", "did you mean 'training.batch_size'"),
+        ("[trainig]\n", "mine.toml: trainig: there is no such field"),
+        ("training = 3", "mine.toml: training must be a table"),
+        ("this is not toml", "mine.toml is not TOML"),
+        (b"\xff\xfe", "mine.toml is not TOML"),
+        ("name = '../up'", "mine.toml: name"),
+    ],
+)
+def test_a_bad_recipe_file_is_named(write: Write, content: bytes | str, expected: str) -> None:
+    with pytest.raises(UnrolledError) as caught:
+        load_recipe(write("mine.toml", content))
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_may_leave_out_what_has_a_default(write: Write) -> None:
+    recipe = load_recipe(write("my own.toml", "[training]\nmax_epochs = 3"))
+    assert recipe.training.max_epochs == 3
+    assert recipe.name == "my-own"
+
+
+def test_an_unknown_recipe_gets_the_nearest() -> None:
+    with pytest.raises(UnrolledError, match="no recipe named 'ptb-smal'; did you mean 'ptb-small'"):
+        load_recipe("ptb-smal")
+
+
+def test_what_differs_is_named() -> None:
+    recipe = Recipe()
+    changed = recipe.changed({"training.seed": 7, "model.hidden_sizes": "3,4"})
+    assert recipe.differences(changed) == ["model.hidden_sizes", "training.seed"]
+    assert changed.model.hidden_sizes == (3, 4)

@@ -1,0 +1,132 @@
+"""The run folder: self-sufficient, whole, known by its hashes."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import tokenizers
+import torch
+
+import unrolled
+from unrolled import Run, UnrolledError
+from unrolled import run as run_module
+from unrolled.files import write_whole
+
+
+@pytest.fixture
+def copy(toy_run: Run, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(toy_run.path, tmp_path / "run"))
+
+
+def test_the_folder_holds_what_the_design_says(toy_run: Run) -> None:
+    names = {
+        "recipe.toml",
+        "tokenizer.json",
+        "model.safetensors",
+        "heldout.safetensors",
+        "metrics.jsonl",
+        "manifest.json",
+    }
+    assert {path.name for path in toy_run.path.iterdir()} == names | {"last"}
+    manifest = toy_run.manifest
+    assert manifest["status"] == "done"
+    assert manifest["hardware"]["cores"] == os.cpu_count()
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["num_parameters"] == toy_run.model.num_parameters()
+
+
+def test_others_can_read_the_tokenizer_and_the_weights(toy_run: Run) -> None:
+    library = tokenizers.Tokenizer.from_file(str(toy_run.path / "tokenizer.json"))
+    assert library.encode("the dog walks\n").ids == toy_run.tokenizer.encode("the dog walks\n").tolist()
+    weights = safetensors.torch.load_file(toy_run.path / "model.safetensors")
+    torch.testing.assert_close(weights["decoder.weight"], toy_run.model.decoder.weight.data)
+
+
+def test_a_moved_folder_is_all_that_is_needed(copy: Path, toy_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNROLLED_CACHE", str(copy / "no-cache"))
+    monkeypatch.chdir(copy.parent)
+    moved = unrolled.load("run")
+    assert moved.predict("the dog").words == toy_run.predict("the dog").words
+    assert moved.evaluate()["nll_nats"] == toy_run.evaluate()["nll_nats"]
+    assert moved.generate("the", length=20, seed=1) == toy_run.generate("the", length=20, seed=1)
+
+
+def test_the_heldout_text_may_be_taken_away(copy: Path) -> None:
+    (copy / "heldout.safetensors").unlink()
+    run = unrolled.load(copy)
+    assert run.predict("the dog").words
+    with pytest.raises(UnrolledError, match="was taken away; pass the text with --data"):
+        run.evaluate()
+    assert run.evaluate(data="toy")["tokens"] > 0
+
+
+@pytest.mark.parametrize("name", ["recipe.toml", "tokenizer.json", "model.safetensors", "manifest.json"])
+def test_a_missing_file_is_named(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    with pytest.raises(UnrolledError, match=name):
+        unrolled.load(copy).model  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "name", ["recipe.toml", "tokenizer.json", "model.safetensors", "heldout.safetensors", "manifest.json"]
+)
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.9])
+def test_a_flipped_bit_is_found_and_named(copy: Path, name: str, place: float) -> None:
+    content = bytearray((copy / name).read_bytes())
+    content[int(len(content) * place)] ^= 1
+    (copy / name).write_bytes(content)
+    with pytest.raises(UnrolledError, match=name):
+        unrolled.load(copy).evaluate()
+
+
+@pytest.mark.parametrize("name", ["recipe.toml", "tokenizer.json", "model.safetensors", "manifest.json"])
+def test_a_truncated_file_is_found_and_named(copy: Path, name: str) -> None:
+    os.truncate(copy / name, (copy / name).stat().st_size // 2)
+    with pytest.raises(UnrolledError, match=name):
+        unrolled.load(copy).model  # noqa: B018
+
+
+def test_weights_of_another_model_are_refused(copy: Path, character_run: Run) -> None:
+    shutil.copy(character_run.path / "model.safetensors", copy)
+    with pytest.raises(UnrolledError, match=r"model\.safetensors does not fit the recipe beside it"):
+        unrolled.load(copy).model  # noqa: B018
+
+
+def test_a_newer_format_says_so(copy: Path) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    run_module.write_manifest(copy, manifest | {"format": 99})
+    with pytest.raises(UnrolledError, match="made by a newer Unrolled"):
+        unrolled.load(copy)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "."])
+def test_what_is_no_run_folder_is_said(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UnrolledError, match=r"no run folder|is not a run folder"):
+        unrolled.load(tmp_path / name)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_whole(path, b"old")
+
+    def fail(*arguments: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_folders_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_module.latest_folder("demo") is None
+    assert run_module.next_folder("demo") == Path("runs/demo-1")
+    for name in ("demo-1", "demo-9", "demo-10", "demo-x", "demo-small-40"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    assert run_module.next_folder("demo") == Path("runs/demo-11")
+    assert run_module.latest_folder("demo") == Path("runs/demo-10")

@@ -1,0 +1,140 @@
+"""The house: who may import whom, what is public, what may touch the disk or print, what the command costs."""
+
+import ast
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import unrolled
+
+SOURCE = Path(unrolled.__file__).parent
+MODULES = {
+    path.relative_to(SOURCE).with_suffix("").as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+    for path in sorted(SOURCE.rglob("*.py"))
+}
+FREE = {"errors", "files"}
+"""Below everything: they import nothing of ours, and anybody may import them."""
+MAY_IMPORT: dict[str, set[str]] = {
+    "data": {"data"},
+    "nn": {"nn"},
+    "inference": {"inference", "data", "nn"},
+    "recipe": set(),
+    "run": {"recipe", "data", "nn", "inference"},
+    "training": {"training", "recipe", "data", "nn", "run", "inference/evaluate"},
+    "progress": set(),
+    "cli": {"recipe"},
+    "__main__": {"cli"},
+    "__init__": set(),
+}
+ORDER = {
+    "data": ["embedded", "archives", "reading", "text", "tokens", "dataset", "batches"],
+    "nn": ["cells", "unroll", "model", "loss"],
+    "training": ["optim", "resume", "loop"],
+    "inference": ["evaluate", "score", "generate"],
+}
+"""Within a folder a module imports only those before it."""
+
+
+def imports(tree: ast.AST, at_top_only: bool = False) -> set[str]:
+    """The modules of ours that a module imports, as data/text."""
+    found = set()
+    for node in ast.iter_child_nodes(tree) if at_top_only else ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "unrolled":
+            base = "/".join((node.module or "").split(".")[1:])
+            for alias in node.names:
+                deeper = f"{base}/{alias.name}".lstrip("/")
+                found.add(deeper if deeper in MODULES else base or "__init__")
+        elif isinstance(node, ast.Import):
+            found |= {"/".join(alias.name.split(".")[1:]) for alias in node.names if alias.name.startswith("unrolled")}
+    return found
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if not name.endswith("__init__") or name == "__init__"])
+def test_a_module_imports_only_what_its_room_may(module: str) -> None:
+    room, _, name = module.partition("/")
+    for other in imports(MODULES[module], at_top_only=room in ("cli", "progress", "__init__")) - {"__init__"}:
+        if other in FREE:
+            continue
+        assert room not in FREE, f"{module} imports {other}"
+        other_room, _, other_name = other.partition("/")
+        assert {other, other_room} & MAY_IMPORT[room], f"{module} imports {other}"
+        if room == other_room and name:
+            assert ORDER[room].index(other_name) < ORDER[room].index(name), f"{module} imports {other}"
+
+
+def test_every_module_has_its_place_in_the_order() -> None:
+    for room, names in ORDER.items():
+        assert {path.stem for path in (SOURCE / room).glob("*.py")} - {"__init__"} == set(names)
+
+
+ON_DISK = {"data/archives", "data/dataset", "data/reading", "data/text", "data/tokens", "files", "recipe", "run", "cli"}
+DISK_CALLS = {
+    "open",
+    "read_text",
+    "read_bytes",
+    "write_text",
+    "write_bytes",
+    "unlink",
+    "mkdir",
+    "rename",
+    "replace_file",
+}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_those_who_may_touch_the_disk_or_print(module: str) -> None:
+    calls = set()
+    for node in ast.walk(MODULES[module]):
+        if isinstance(node, ast.Call):
+            calls.add(node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", ""))
+    if module not in ON_DISK and module != "data/embedded":  # it reads this Python's own sources
+        assert not calls & DISK_CALLS
+    if module not in ("cli", "progress"):
+        assert "print" not in calls
+
+
+def test_the_network_and_the_optimiser_keep_to_their_rooms() -> None:
+    for module, tree in MODULES.items():
+        text = ast.unparse(tree)
+        if module.startswith("nn/"):
+            assert "optim" not in text
+            assert "Path" not in text
+        if not module.startswith("training/"):
+            assert "torch.optim" not in text
+
+
+def test_the_public_api_is_this_list() -> None:
+    assert unrolled.__all__ == ["Recipe", "Run", "UnrolledError", "load", "load_recipe", "train"]
+    for name in unrolled.__all__:
+        assert getattr(unrolled, name).__doc__
+    assert set(unrolled.__all__) <= set(dir(unrolled))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        unrolled.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["recipes"]])
+def test_the_command_line_alone_needs_no_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys, unrolled.cli\n"
+        f"try: unrolled.cli.main({arguments!r})\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'numpy', 'tokenizers', 'safetensors'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+    assert done.stdout
+
+
+def test_help_takes_less_than_half_a_second_of_processor_time() -> None:
+    """Processor time, the least of five, so that what else the machine does has no say."""
+
+    def seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "unrolled", "--help"], capture_output=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+    assert min(seconds() for _ in range(5)) < 0.5

@@ -1,0 +1,238 @@
+"""What the software promises, from text to answer."""
+
+import itertools
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import unrolled
+from unrolled.data.embedded import toy_entropy_rate
+from unrolled.data.reading import Corpus
+from unrolled.data.text import cache_folder
+from unrolled.nn.model import LanguageModel
+from unrolled.nn.unroll import unroll_plain
+from unrolled.run import read_metrics, read_tensors
+
+
+def test_toy_is_learnt_to_within_three_percent_of_the_least_possible_perplexity(tmp_path: Path) -> None:
+    run = unrolled.train("demo", data="toy", out=tmp_path / "run", changes={"training.max_epochs": 2})
+    least = math.exp(toy_entropy_rate())
+    reached = run.evaluate("test")["perplexity"]
+    assert 0.98 * least < reached < 1.03 * least
+
+
+def test_training_is_the_references_on_torchs_own_lstm(tmp_path: Path) -> None:
+    """The same first values, text and rate on nn.LSTM, with the loss summed over time and averaged over streams."""
+    changes = {
+        "data.corpus": "toy",
+        "model.embedding_size": 24,
+        "model.hidden_sizes": "24,24",
+        "training.batch_size": 40,
+        "training.max_epochs": 2,
+        "training.constant_epochs": 1,
+    }
+    run = unrolled.train("ptb-small", out=tmp_path / "run", changes=changes)
+    metrics = [record for record in read_metrics(run.path) if "valid_perplexity" in record]
+
+    torch.manual_seed(1)
+    first = LanguageModel(len(run.tokenizer), 24, [24, 24])
+    lstm = nn.LSTM(24, 24, num_layers=2)
+    for number, cell in enumerate(first.layers):
+        for name, parameter in cell.named_parameters():
+            getattr(lstm, f"{name}_l{number}").data.copy_(parameter)
+        getattr(lstm, f"bias_hh_l{number}").requires_grad_(False).zero_()
+    parameters = [
+        p for module in (first.embedding, lstm, first.decoder) for p in module.parameters() if p.requires_grad
+    ]
+    text = "".join(_split_text("train"))
+    ids = torch.from_numpy(run.tokenizer.encode(text).astype(np.int64))
+    length = len(ids) // 40
+    data = ids[: 40 * length].view(40, length)
+    for epoch in (1, 2):
+        state, total, count = None, 0.0, 0
+        for k in range((length - 1) // 20):
+            inputs, targets = data[:, k * 20 : k * 20 + 20].t(), data[:, k * 20 + 1 : k * 20 + 21].t()
+            hidden, state = lstm(first.embedding(inputs), state)
+            state = tuple(part.detach() for part in state)
+            logits = first.decoder(hidden)
+            nll_nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+            gradients = torch.autograd.grad(nll_nats / 40, parameters)
+            norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients))
+            rate = 1.0 if epoch == 1 else 0.5
+            with torch.no_grad():
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter -= rate * min(1.0, 5.0 / norm) * gradient
+            total, count = total + nll_nats.item(), count + targets.numel()
+        # rounding is amplified step by step, so the figures agree, not the bits
+        assert metrics[epoch - 1]["train_perplexity"] == pytest.approx(math.exp(total / count), rel=2e-3)
+
+
+def _split_text(split: str) -> list[str]:
+    from unrolled.data.reading import read_text
+    from unrolled.data.text import open_corpus
+
+    corpus: Corpus = open_corpus("toy")
+    return list(read_text(corpus, split))
+
+
+def test_the_plain_loop_trains_to_where_the_fused_layer_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {
+        "model.embedding_size": 8,
+        "model.hidden_sizes": "12",
+        "training.max_epochs": 1,
+        "training.batch_size": 200,
+    }
+    fused = unrolled.train("demo", data="toy", out=tmp_path / "fused", changes=changes)
+    monkeypatch.setattr("unrolled.nn.model.unroll", unroll_plain)
+    plain = unrolled.train("demo", data="toy", out=tmp_path / "plain", changes=changes)
+    assert plain.evaluate()["perplexity"] == pytest.approx(fused.evaluate()["perplexity"], rel=1e-3)
+
+
+def test_ptb_begins_at_the_loss_of_the_uniform(ptb: str, tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    def stop_at_once(event: dict) -> None:
+        if event["event"] == "step":
+            seen.append(event["nll_nats_per_token"])
+            os.kill(os.getpid(), signal.SIGINT)
+
+    run = unrolled.train("ptb-small", out=tmp_path / "run", progress=stop_at_once)
+    assert run.manifest["status"] == "stopped"
+    assert len(seen) == 1
+    assert abs(seen[0] - math.log(10_000)) < 0.01
+    assert run.model.num_parameters() == 4_651_600
+
+
+# ------------------------------------------------------------------------------------------------ broken off, gone on
+
+SMALL = {
+    "model.embedding_size": 12,
+    "model.hidden_sizes": "16",
+    "training.batch_size": 60,
+    "training.max_epochs": 2,
+    "training.save_every_s": 0.05,
+}
+
+
+def same(one: Path, other: Path) -> None:
+    """Weights, resume points and records are equal bit for bit; only times differ."""
+    for name in ("model.safetensors", "last/resume.safetensors"):
+        (mine, _), (theirs, _) = read_tensors(one / name), read_tensors(other / name)
+        assert mine.keys() == theirs.keys()
+        for key in mine:
+            assert torch.equal(mine[key], theirs[key]), key
+    clocks = {"elapsed_s", "tokens_per_second"}
+    records = [[{k: v for k, v in r.items() if k not in clocks} for r in read_metrics(path)] for path in (one, other)]
+    assert records[0] == records[1]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_stopped_training_goes_on_to_where_the_unbroken_one_ends(tmp_path: Path, optimizer: str) -> None:
+    changes = SMALL | {"training.optimizer": optimizer, "model.dropout": 0.2}
+    unrolled.train("demo", data="toy", out=tmp_path / "unbroken", changes=changes)
+
+    def stop_at(step: int):
+        return lambda event: (
+            event.get("step") == step and event["event"] == "step" and os.kill(os.getpid(), signal.SIGINT)
+        )
+
+    path = tmp_path / "broken"
+    first = unrolled.train("demo", data="toy", out=path, changes=changes, progress=stop_at(50))
+    assert (first.manifest["status"], first.manifest["steps"]) == ("stopped", 50)
+    assert first.predict("the").words  # usable in between
+    for step in (120, 121, 240):
+        unrolled.train("demo", out=path, resume=True, progress=stop_at(step))
+    assert unrolled.train(None, out=path, resume=True).manifest["status"] == "done"
+    same(tmp_path / "unbroken", path)
+
+
+def test_a_killed_training_goes_on_to_where_the_unbroken_one_ends(tmp_path: Path) -> None:
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    begin = [sys.executable, "-m", "unrolled", "train", "demo", "--data", "toy", *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*begin, "--out", tmp_path / "unbroken"], check=True, capture_output=True, env=environment)
+    path = tmp_path / "killed"
+    command = [*begin, "--out", path]
+    for lines in (3, 5, 2):
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            shown = (line for line in process.stderr if "tokens/s" in line)
+            for _ in itertools.islice(shown, lines):
+                pass
+            assert (path / "last/resume.safetensors").exists()
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+        command = [sys.executable, "-m", "unrolled", "train", "--resume", "--out", path]
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    same(tmp_path / "unbroken", path)
+
+
+def test_a_resumed_training_may_go_on_longer(tmp_path: Path) -> None:
+    unrolled.train("ptb-small", data="toy", out=tmp_path / "long", changes=SMALL)
+    unrolled.train("ptb-small", data="toy", out=tmp_path / "run", changes=SMALL | {"training.max_epochs": 1})
+    run = unrolled.train(None, out=tmp_path / "run", resume=True, changes={"training.max_epochs": 2})
+    assert run.recipe.training.max_epochs == 2
+    same(tmp_path / "long", tmp_path / "run")
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        unrolled.train("demo", data="toy", out=tmp_path / name, changes=SMALL | {"training.seed": seed})
+    same(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(AssertionError):
+        same(tmp_path / "a", tmp_path / "c")
+
+
+def test_a_rate_that_blows_up_is_said_and_the_best_weights_stay(tmp_path: Path) -> None:
+    changes = SMALL | {"training.optimizer": "sgd", "training.schedule": "decay", "training.constant_epochs": 1}
+    path = tmp_path / "run"
+    unrolled.train("demo", data="toy", out=path, changes=changes | {"training.max_epochs": 1})
+    before = (path / "model.safetensors").read_bytes()
+    with pytest.raises(unrolled.UnrolledError, match="the gradient is not finite at step 1; lower --training"):
+        unrolled.train("demo", data="toy", out=tmp_path / "bad", changes=changes | {"model.init_scale": 1e38})
+    assert (path / "model.safetensors").read_bytes() == before
+
+
+# ------------------------------------------------------------------------------------------------ a text of one's own
+
+
+@pytest.mark.parametrize("tokens", ["word", "character", "byte", "bpe"])
+def test_a_users_own_text_is_trained_on_with_one_command_and_used_elsewhere_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: str
+) -> None:
+    """A megabyte of real English in one file; then the file, the cache and the folder it was trained in are gone."""
+    from unrolled.data.text import open_corpus
+
+    open_corpus("stdlib")
+    (source,) = (cache_folder() / "corpora").glob("stdlib-*/train.txt")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("mine.txt").write_bytes(source.read_bytes()[:1_000_000])
+    options = ["--max-epochs", "1", "--model.hidden-sizes", "32", "--model.embedding-size", "32"]
+    small = [*options, "--training.batch-size", "100", "--data.tokens", tokens, "--data.vocab-size", "2000"]
+    command = [sys.executable, "-m", "unrolled"]
+    environment = os.environ | {"UNROLLED_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "train", "--data", "mine.txt", *small], capture_output=True, text=True, check=True, env=environment
+    )
+    assert "run folder runs/demo-1" in done.stdout
+
+    (tmp_path / "elsewhere").mkdir()
+    Path("runs/demo-1").rename(tmp_path / "elsewhere/model")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "here/mine.txt").unlink()
+    monkeypatch.setenv("UNROLLED_CACHE", str(tmp_path / "empty"))
+    run = unrolled.load("model")
+    assert run.evaluate()["perplexity"] < run.manifest["results"]["unigram_test_perplexity"] * 1.05
+    assert len(run.predict("the value of", k=5).words) == 5
+    assert run.generate("the", length=50, seed=1)
+    assert run.score("return the value").log_prob < 0

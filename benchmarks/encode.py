@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from unrolled.data.tokens import Unit
+
 
 def write_text(path: Path, words: int) -> int:
     """`words` words of made-up text in lines of 20; returns the number of characters."""
@@ -33,7 +35,7 @@ def write_text(path: Path, words: int) -> int:
     return size
 
 
-def measure(path: Path, unit: str) -> None:
+def measure(path: Path, unit: Unit) -> None:
     """In a process of its own: prepares the text twice and prints seconds, tokens and the peak of memory."""
     from unrolled.data.dataset import prepare
     from unrolled.data.text import open_corpus
@@ -63,9 +65,8 @@ def main() -> None:
         text = Path(folder) / "text.txt"
         size = write_text(text, int(options.words * 1e6))
         print(f"{options.words:g} million words, {size / 1e6:.0f} million characters, one core")
-        print(
-            f"{'unit':10} {'tokens':>12} {'vocabulary':>10} {'seconds':>8} {'M tokens/s':>10} {'again s':>8} {'peak MB':>8}"
-        )
+        heads = ("tokens", 12), ("vocabulary", 10), ("seconds", 8), ("M tokens/s", 10), ("again s", 8), ("peak MB", 8)
+        print("unit      ", *(f"{head:>{width}}" for head, width in heads))
         for unit in ("word", "character", "byte", "bpe"):
             environment = os.environ | {
                 "UNROLLED_CACHE": f"{folder}/cache-{unit}",

@@ -9,7 +9,7 @@ from unrolled.cli import app
 from unrolled.data.batches import Windows
 
 DOCS = Path(__file__).parent
-WORDS = "the cat sat on the mat and the dog lay by the door all day".split()[:14]
+WORDS = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog", "lay", "by", "the", "warm", "door"]
 COLOURS = ("#4c78a8", "#e8833a")
 
 

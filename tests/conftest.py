@@ -16,6 +16,9 @@ settings.load_profile("tests")
 torch.set_num_threads(1)
 
 
+QUICK = {"training.learning_rate": 0.01, "model.dropout": 0.0, "model.init_scale": 0.2}
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """No test reads or writes the user's cache."""
@@ -40,7 +43,7 @@ def write(tmp_path: Path) -> Callable[[str, bytes | str], Path]:
 @pytest.fixture(scope="session")
 def toy_run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> unrolled.Run:
     """A model of `toy`, trained for seconds."""
-    small = {"training.max_epochs": 1, "model.embedding_size": 32, "model.hidden_sizes": "48,40"}
+    small = {"training.max_epochs": 2, "model.embedding_size": 32, "model.hidden_sizes": "48,40"} | QUICK
     return unrolled.train("demo", data="toy", out=tmp_path_factory.mktemp("runs") / "toy", changes=small)
 
 
@@ -51,13 +54,13 @@ def character_run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> unro
         "training.max_epochs": 1,
         "training.batch_size": 64,
         "model.embedding_size": 16,
-        "model.hidden_sizes": "48",
+        "model.hidden_sizes": "64",
         "model.cell": "gru",
         "data.tokens": "character",
         "data.vocab_size": 0,
         "data.min_count": 1,
         "data.unknown": False,
-    }
+    } | QUICK
     return unrolled.train("demo", data="toy", out=tmp_path_factory.mktemp("runs") / "characters", changes=small)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +23,10 @@ class Command:
 
     def __call__(self, *arguments: object, stdin: Path | None = None) -> tuple[int, str, str]:
         self.capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped, open(stdin or "/dev/null", encoding="utf-8") as file:
+        with open(stdin or os.devnull, encoding="utf-8") as file:
             self.monkeypatch.setattr("sys.stdin", file)
-            main([str(argument) for argument in arguments])
+            with pytest.raises(SystemExit) as stopped:
+                main([str(argument) for argument in arguments])
         out, err = self.capsys.readouterr()
         return int(stopped.value.code or 0), out, err
 
@@ -46,7 +48,7 @@ TINY = ("--max-epochs", 1, "--model.hidden-sizes", 8, "--model.embedding-size", 
 
 
 def test_train_answers_a_program_line_by_line(command: Command, tmp_path: Path) -> None:
-    lines = command.json("train", "demo", "--data", "toy", "--out", tmp_path / "run", *TINY, "--max-epochs", 2)
+    lines = command.json("train", "demo", "--data", "toy", "--out", tmp_path / "run", *TINY[2:], "--max-epochs", 2)
     assert [set(line) for line in lines[:-1]] == [
         {"epoch", "train_perplexity", "valid_perplexity", "learning_rate", "tokens_per_second", "elapsed_s"}
     ] * 2
@@ -117,7 +119,7 @@ def test_score_answers_line_by_line_in_order(command: Command, toy_run: Run, wri
         total = sum(token["log_prob"] for token in answer["per_token"])
         assert answer["log_prob"] == pytest.approx(total)
         assert answer["perplexity"] == pytest.approx(math.exp(-total / answer["tokens"]))
-    assert command.json("score", toy_run.path, stdin=lines) == [
+    assert command.json("score", toy_run.path, "-", stdin=lines) == [
         {key: value for key, value in answer.items() if key != "per_token"} for answer in answers
     ]
     _, out, _ = command("score", toy_run.path, lines, "--per-token")
@@ -247,9 +249,10 @@ def test_a_mistake_with_a_run_is_one_line_and_status_2(
         (b"", "mine.txt is empty"),
         (b"good\nb\xffd\n" * 50, "mine.txt, line 2, byte 2: not UTF-8 (0xff); convert the file or pass --encoding"),
         (b"good\n\0\n" * 50, "mine.txt, line 2, byte 1: a NUL"),
-        (b"too short\n" * 5, "tokens are too few"),
+        (b"too short\n" * 25, "tokens are too few"),
         (b"\n" * 50, "tokens are too few"),
-        (b"word" * 100, "holds no token"),
+        (b"word" * 100, "tokens are too few"),
+        (b"word", "the valid split holds no token; give more text"),
     ],
 )
 def test_a_text_that_cannot_be_trained_on_is_one_line(

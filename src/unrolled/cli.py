@@ -63,7 +63,13 @@ def _recipe_options() -> type:
     return made
 
 
-RecipeOptions = _recipe_options()
+if TYPE_CHECKING:
+
+    class RecipeOptions: ...
+else:
+    RecipeOptions = _recipe_options()
+
+Text = Annotated[str, Parameter(allow_leading_hyphen=True)]  # "-" is standard input
 RunFolder = Annotated[Path, Parameter(help="A run folder.", show_default=False)]
 Json = Annotated[bool, Parameter(help="Answer in JSON, one object a line.")]
 Device = Annotated[str, Parameter(help="cpu, cuda, mps, or auto for a GPU where there is one.")]
@@ -74,7 +80,7 @@ def train(
     recipe: str | None = None,
     /,
     *,
-    data: str | None = None,
+    data: Text | None = None,
     out: Path | None = None,
     resume: bool = False,
     quiet: bool = False,
@@ -119,7 +125,7 @@ def evaluate(
     /,
     *,
     split: str = "test",
-    data: str | None = None,
+    data: Text | None = None,
     encoding: str | None = None,
     protocol: Literal["exact", "paper"] = "exact",
     device: Device = "auto",
@@ -159,7 +165,7 @@ def evaluate(
 @app.command
 def score(
     run: RunFolder,
-    file: Annotated[str, Parameter(help="A text file, or - for standard input.")] = "-",
+    file: Annotated[Text, Parameter(help="A text file, or - for standard input.")] = "-",
     /,
     *,
     per_token: bool = False,
@@ -235,7 +241,7 @@ def generate(
     run: RunFolder,
     /,
     *,
-    prompt: str | None = None,
+    prompt: Text | None = None,
     prompt_file: Path | None = None,
     length: int = 100,
     temperature: float = 1.0,

@@ -189,9 +189,8 @@ def build_model(model: Model, vocab_size: int) -> LanguageModel:
 
 def next_folder(name: str) -> Path:
     """`runs/NAME-N`, the first that does not exist."""
-    taken = [
-        int(match[1]) for path in Path("runs").glob(f"{name}-*") if (match := re.fullmatch(r".*-(\d+)", path.name))
-    ]
+    numbers = (path.name.removeprefix(f"{name}-") for path in Path("runs").glob(f"{name}-*"))
+    taken = [int(number) for number in numbers if re.fullmatch(r"[0-9]{1,9}", number)]
     return Path("runs") / f"{name}-{max(taken, default=0) + 1}"
 
 
@@ -202,8 +201,8 @@ def latest_folder(name: str) -> Path | None:
     return folder.with_name(f"{name}-{number}") if number else None
 
 
-def create(path: Path, recipe: Recipe, dataset: Dataset) -> None:
-    """A new run folder, with all but weights.
+def create(path: Path, recipe: Recipe, changes: dict[str, Any], dataset: Dataset) -> None:
+    """A new run folder, with all but weights. `changes` are what the user asked for beyond the recipe.
 
     Raises:
         UnrolledError: there is something at `path` already.
@@ -220,6 +219,7 @@ def create(path: Path, recipe: Recipe, dataset: Dataset) -> None:
         "format": FORMAT,
         "status": "training",
         "recipe": recipe.name,
+        "changes": changes,
         "seed": recipe.training.seed,
         "corpus": {
             "name": dataset.name,

@@ -65,8 +65,8 @@ PROBABILITIES = torch.tensor([0.1, 0.4, 0.2, 0.3])
 
 def drawn(**options: float) -> dict[int, float]:
     source = torch.Generator().manual_seed(0)
-    chosen = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | options
-    counts = Counter(draw(PROBABILITIES.log(), source, **chosen) for _ in range(4_000))
+    temperature, top_k, top_p = options.get("temperature", 1.0), int(options.get("top_k", 0)), options.get("top_p", 1.0)
+    counts = Counter(draw(PROBABILITIES.log(), source, temperature, top_k, top_p) for _ in range(4_000))
     return {id: count / 4_000 for id, count in sorted(counts.items())}
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from unrolled.nn.cells import CELLS, GRU, LSTM, Cell
 
-THEIRS: dict[type[Cell], type[nn.RNNCellBase]] = {LSTM: nn.LSTMCell, GRU: nn.GRUCell}
+THEIRS: dict[type[Cell], type[nn.LSTMCell | nn.GRUCell]] = {LSTM: nn.LSTMCell, GRU: nn.GRUCell}
 
 
 @pytest.mark.parametrize("kind", THEIRS)

@@ -90,7 +90,9 @@ def _open(folder: Path) -> Dataset:
     about = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     splits = {split: SplitInfo(**info) for split, info in about["splits"].items()}
-    ids = {split: np.memmap(folder / f"{split}.ids", tokenizer.dtype, mode="r") for split in splits}
+    ids: dict[str, np.ndarray] = {
+        split: np.memmap(folder / f"{split}.ids", tokenizer.dtype, mode="r") for split in splits
+    }
     return Dataset(about["name"], about["note"], folder.name, tokenizer, ids, splits)
 
 
@@ -107,7 +109,7 @@ def _write_ids(corpus: Corpus, split: str, tokenizer: Tokenizer, folder: Path) -
             tokens += len(ids)
             unknown += 0 if tokenizer.unknown_id is None else int(np.count_nonzero(ids == tokenizer.unknown_id))
     if tokens == 0:
-        raise UnrolledError(f"{corpus.name}: the {split} split holds no token")
+        raise UnrolledError(f"{corpus.name}: the {split} split holds no token; give more text")
     return SplitInfo(corpus.splits[split].sha256, tokens, unknown)
 
 

@@ -5,7 +5,7 @@ Whatever a corpus came from, its splits are ranges of bytes of plain files, so n
 
 import codecs
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from unrolled.errors import UnrolledError
@@ -44,14 +44,11 @@ def read_text(corpus: Corpus, split: str) -> Iterator[str]:
     Raises:
         UnrolledError: bytes that are not UTF-8, or NUL; the message names file, line and byte.
     """
-    part = corpus.splits[split]
+    part = _without_mark(corpus.splits[split])
     held = b""  # the beginning of a word that goes on in the next piece
     for raw, position in _raw(part):
         piece = held + raw
         start = position - len(held)
-        if position == 0:
-            piece = piece.removeprefix(codecs.BOM_UTF8)
-            start = position + len(raw) - len(piece)
         last = position + len(raw) == part.stop
         end = len(piece) if last else _last_word_end(piece)
         if end == 0 and len(piece) > _LONGEST_WORD:
@@ -74,6 +71,13 @@ def read_bytes(corpus: Corpus, split: str) -> Iterator[bytes]:
     """The bytes of a split as they are, in pieces."""
     for raw, _ in _raw(corpus.splits[split]):
         yield raw
+
+
+def _without_mark(part: Split) -> Split:
+    """The split without the byte order mark that its file may begin with."""
+    with part.path.open("rb") as file:
+        marked = part.start == 0 and file.read(3) == codecs.BOM_UTF8
+    return replace(part, start=3) if marked else part
 
 
 def _raw(part: Split) -> Iterator[tuple[bytes, int]]:

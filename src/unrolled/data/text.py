@@ -379,5 +379,5 @@ def _recoded(path: Path, encoding: str | None) -> Path:
                     target.write(decoder.decode(block).encode())
                 target.write(decoder.decode(b"", final=True).encode())
             except UnicodeError as error:
-                raise UnrolledError(f"{path.name} is not {encoding}: {error.reason}") from error
+                raise UnrolledError(f"{path.name} is not {encoding}: {error}") from error
     return copy

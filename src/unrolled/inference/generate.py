@@ -30,8 +30,10 @@ def read_prefix(model: LanguageModel, tokenizer: Tokenizer, text: str) -> tuple[
     ids = np.concatenate([[tokenizer.start_id], tokenizer.encode(text)]).astype(np.int64)
     inputs = torch.from_numpy(ids).unsqueeze(1).to(model.device)  # (T, 1)
     state = model.initial_state(1)
-    for window in inputs.split(_STEPS_AT_ONCE):
-        outputs, state = model.hidden(window, state)
+    *windows, last = inputs.split(_STEPS_AT_ONCE)
+    for window in windows:
+        _, state = model.hidden(window, state)
+    outputs, state = model.hidden(last, state)
     return model.decoder(outputs[-1, 0]).float().log_softmax(-1), state
 
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import final
+from typing import cast, final
 
 import torch
 from torch import Tensor, nn
 
-from unrolled.nn.cells import CELLS
+from unrolled.nn.cells import CELLS, Cell
 from unrolled.nn.unroll import LayerStates, Unroll, unroll
 
 
@@ -42,7 +42,8 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(vocab_size, embedding_size)
         sizes = [embedding_size, *hidden_sizes]
         options = {"forget_bias": forget_bias} if cell == "lstm" else {}
-        self.layers = nn.ModuleList(CELLS[cell](e, h, **options) for e, h in pairwise(sizes))
+        cells = nn.ModuleList(CELLS[cell](e, h, **options) for e, h in pairwise(sizes))
+        self.layers = cast("Sequence[Cell]", cells)
         self.decoder = nn.Linear(sizes[-1], vocab_size)
         self.dropout = nn.Dropout(dropout)
         self.unroll: Unroll = unroll

@@ -123,7 +123,7 @@ def train(
         folder.cut_metrics(path, position.step, position.epoch)
         progress(_note(f"going on with {path} at epoch {position.epoch}, step {position.step}"))
     else:
-        folder.create(path, recipe, dataset)
+        folder.create(path, recipe, changes, dataset)
     progress(_note(f"{path}: {model.num_parameters():,} parameters, {windows.num_targets:,} tokens an epoch, {device}"))
 
     with StopRequest() as stop:
@@ -157,6 +157,7 @@ def _train_epochs(
 ) -> None:
     """Epoch after epoch: train, validate, keep the best weights, save the resume point."""
     training = recipe.training
+    steps_in_all = len(windows) * training.max_epochs
     log_every = max(1, len(windows) // 20)
     clock = _Clock(position)
     saved_at = time.monotonic()
@@ -197,7 +198,7 @@ def _train_epochs(
             "train_perplexity": perplexity(position.nll_nats, position.tokens),
             "valid_perplexity": valid.perplexity,
             "valid_protocol": valid.protocol,
-            "learning_rate": optimizer.param_groups[0]["lr"],
+            "learning_rate": learning_rate(training, position.epoch, position.step - 1, steps_in_all),
             "tokens_per_second": clock.tokens_per_second(),
             "elapsed_s": position.elapsed_s,
         }
@@ -271,9 +272,7 @@ def _resumed(
         raise UnrolledError(f"{path or 'runs'} holds nothing to resume; pass the run folder with --out")
     manifest = folder.read_manifest(path)
     saved = load_recipe(path / "recipe.toml")
-    wanted = (asked or saved).changed(changes)
-    if asked and "data.corpus" not in changes:
-        wanted = wanted.changed({"data.corpus": saved.data.corpus})
+    wanted = (asked.changed(manifest["changes"]) if asked else saved).changed(changes)
     different = [name for name in wanted.differences(saved) if name not in MAY_CHANGE]
     if different:
         raise UnrolledError(f"{path} was begun with other values of {', '.join(different)}; resume without them")

@@ -43,7 +43,7 @@ def write(tmp_path: Path) -> Callable[[str, bytes | str], Path]:
 @pytest.fixture(scope="session")
 def toy_run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> unrolled.Run:
     """A model of `toy`, trained for seconds."""
-    small = {"training.max_epochs": 2, "model.embedding_size": 32, "model.hidden_sizes": "48,40"} | QUICK
+    small = {"training.max_epochs": 2, "model.embedding_size": 32, "model.hidden_sizes": "64,48"} | QUICK
     return unrolled.train("demo", data="toy", out=tmp_path_factory.mktemp("runs") / "toy", changes=small)
 
 

@@ -128,10 +128,10 @@ def test_score_answers_line_by_line_in_order(command: Command, toy_run: Run, wri
 
 def test_inspect_lists_parameters_by_name_and_shape(command: Command, toy_run: Run) -> None:
     (answer,) = command.json("inspect", toy_run.path)
-    assert answer["parameters"]["layers.0.weight_ih"] == [192, 32]
+    assert answer["parameters"]["layers.0.weight_ih"] == [256, 32]
     assert len(answer["vocabulary"]) == answer["vocab_size"]
     _, out, _ = command("inspect", toy_run.path)
-    assert "192 × 32" in out
+    assert "256 × 32" in out
     assert f"{toy_run.model.num_parameters():,}" in out
 
 

@@ -29,9 +29,26 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 ANY_TEXT = text(characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=60)
-LIKELY = lists(
-    sampled_from(["the", "cat", " ", "  ", "\n", "\t", "é", "zebra", "\x1c", "\x85", "<eos>", "<unk>", "😀"])
-).map("".join)
+PARTS = [
+    "the",
+    "cat",
+    " ",
+    "  ",
+    "   ",
+    "\n",
+    "\t",
+    "\r",
+    "\xa0",
+    "'s",
+    ".",
+    "é",
+    "zebra",
+    "\x1c",
+    "\x85",
+    "<eos>",
+    "😀",
+]
+LIKELY = lists(sampled_from([*PARTS, "<unk>"])).map("".join)
 
 
 @given(ANY_TEXT | LIKELY)

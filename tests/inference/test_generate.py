@@ -19,8 +19,8 @@ def test_predictions_are_probabilities_in_falling_order(toy_run: Run) -> None:
 
 def test_a_trained_model_keeps_the_number_in_mind(toy_run: Run) -> None:
     one, many = dict(toy_run.predict("the dog", 38).words), dict(toy_run.predict("the dogs", 38).words)
-    assert one["walks"] > 20 * one["walk"]
-    assert many["walk"] > 20 * many["walks"]
+    assert one["walks"] > 10 * one["walk"]
+    assert many["walk"] > 10 * many["walks"]
 
 
 def test_unknown_is_left_out_unless_asked_for(character_run: Run, toy_run: Run) -> None:

@@ -83,12 +83,12 @@ def _cached(corpus: Corpus, settings: dict[str, Any], make: Callable[[Path], Tok
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return _open(folder)
+    return _open(folder, tokenizer)
 
 
-def _open(folder: Path) -> Dataset:
+def _open(folder: Path, tokenizer: Tokenizer | None = None) -> Dataset:
     about = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    tokenizer = tokenizer or Tokenizer.load(folder / "tokenizer.json")
     splits = {split: SplitInfo(**info) for split, info in about["splits"].items()}
     ids: dict[str, np.ndarray] = {
         split: np.memmap(folder / f"{split}.ids", tokenizer.dtype, mode="r") for split in splits

@@ -13,7 +13,6 @@ from unrolled.errors import UnrolledError
 _PIECE = 1 << 18
 """Bytes read at a time: the words of a piece stay in the processor's cache."""
 _LONGEST_WORD = 1 << 20
-_WHITE_SPACE = b" \n\r"
 
 
 @dataclass(frozen=True)
@@ -91,8 +90,8 @@ def _raw(part: Split) -> Iterator[tuple[bytes, int]]:
 
 def _last_word_end(piece: bytes) -> int:
     """Where the white space before the last word begins."""
-    words = piece.rstrip(_WHITE_SPACE)
-    return len(words[: max(words.rfind(mark) for mark in (b" ", b"\n", b"\r")) + 1].rstrip(_WHITE_SPACE))
+    words = piece.rstrip()
+    return len(words[: max(words.rfind(mark) for mark in (b" ", b"\n", b"\r")) + 1].rstrip())
 
 
 def _whole_characters(piece: bytes) -> int:

@@ -10,7 +10,9 @@ have a fast twin here that gives the same ids (tests hold them together), at sev
 """
 
 import codecs
+import itertools
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -55,9 +57,9 @@ class Tokenizer:
         start_id: what stands before the first token of a text: the end of the line before it.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, unit: Unit) -> None:
         self.backend = backend
-        self.unit: Unit = _unit_of(backend)
+        self.unit: Unit = unit
         self.vocabulary = [token for token, _ in sorted(backend.get_vocab().items(), key=itemgetter(1))]
         self._ids = _Ids((token, number) for number, token in enumerate(self.vocabulary))
         self.unknown_id = self._ids.get(UNKNOWN) if self.unit in ("word", "character") else None
@@ -69,7 +71,7 @@ class Tokenizer:
             "word": self._encode_words,
             "character": self._encode_characters,
             "byte": lambda text: np.frombuffer(text.encode(), np.uint8),
-            "bpe": lambda text: np.array(self.backend.encode(text).ids, self.dtype),
+            "bpe": _Memo(backend, self.dtype),
         }[self.unit]
         self._table: np.ndarray | None = None
 
@@ -153,7 +155,8 @@ class Tokenizer:
             UnrolledError: the file is not one of ours.
         """
         try:
-            return cls(Backend.from_str(path.read_text(encoding="utf-8")))
+            content = path.read_text(encoding="utf-8")
+            return cls(Backend.from_str(content), _unit_of(content))
         except FileNotFoundError as error:
             raise UnrolledError(f"{path} is missing") from error
         except Exception as error:  # the library raises bare Exception for bad JSON
@@ -169,6 +172,38 @@ class _Ids(dict):
         if self.default is None:
             raise UnrolledError(f"the word {word!r} is not in the model's vocabulary")
         return self.default
+
+
+class _Memo:
+    """Byte-pair encoding that asks the library once for each word with the white space before it.
+
+    The library's own pattern never joins a word to what follows it, so texts may be cut there (tests hold it).
+    """
+
+    _WORDS = re.compile(
+        "[{0}]*[^{0}]+|[{0}]+".format("\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000")
+    )
+    _MOST = 1 << 20
+
+    def __init__(self, backend: Backend, dtype: np.dtype) -> None:
+        self.backend, self.dtype = backend, dtype
+        self.numbering = _Numbering()
+        self.ids, self.ends = np.zeros(0, dtype), np.zeros(1, np.int64)
+
+    def __call__(self, text: str) -> np.ndarray:
+        if len(self.numbering) > self._MOST:
+            self.__init__(self.backend, self.dtype)
+        words = self._WORDS.findall(text)
+        known = len(self.numbering)
+        numbers = np.fromiter(map(self.numbering.__getitem__, words), np.int64, len(words))
+        fresh = self.backend.encode_batch_fast(list(itertools.islice(self.numbering, known, None)))
+        ids = [encoding.ids for encoding in fresh]
+        self.ids = np.concatenate([self.ids, np.fromiter(itertools.chain.from_iterable(ids), self.dtype)])
+        ends = self.ends[-1] + np.cumsum([len(word) for word in ids], dtype=np.int64)
+        self.ends = np.concatenate([self.ends, ends])
+        starts, lengths = self.ends[numbers], self.ends[numbers + 1] - self.ends[numbers]
+        before = np.cumsum(lengths) - lengths
+        return self.ids[np.arange(lengths.sum()) + np.repeat(starts - before, lengths)]
 
 
 class _Numbering(dict):
@@ -203,12 +238,12 @@ def learn(corpus: Corpus, vocabulary: Vocabulary, folder: Path) -> Tokenizer:
     the ids of the training text fall out on the way, they are left in `folder`.
     """
     if vocabulary.unit == "byte":
-        return Tokenizer(_byte_backend())
+        return Tokenizer(_byte_backend(), "byte")
     if vocabulary.unit == "bpe":
-        return Tokenizer(_bpe_backend(read_lines(corpus, "train"), vocabulary))
+        return Tokenizer(_bpe_backend(read_lines(corpus, "train"), vocabulary), "bpe")
     if vocabulary.unit == "character":
         counts = _count_characters(read_text(corpus, "train"))
-        return Tokenizer(_level_backend(_ranked(counts, vocabulary), "character"))
+        return Tokenizer(_level_backend(_ranked(counts, vocabulary), "character"), "character")
     return _learn_words(corpus, vocabulary, folder)
 
 
@@ -222,7 +257,7 @@ def _learn_words(corpus: Corpus, vocabulary: Vocabulary, folder: Path) -> Tokeni
             counts = _added(counts, np.bincount(numbers))
             numbered.write(numbers.tobytes())
         ranked = _ranked(dict(zip(numbering, counts.tolist(), strict=True)), vocabulary)
-        tokenizer = Tokenizer(_level_backend(ranked, "word"))
+        tokenizer = Tokenizer(_level_backend(ranked, "word"), "word")
         ids = np.fromiter((tokenizer._ids[word] for word in numbering), tokenizer.dtype, len(numbering))
         numbered.seek(0)
         while block := numbered.read(1 << 22):
@@ -251,19 +286,21 @@ def _added(total: np.ndarray, more: np.ndarray) -> np.ndarray:
 def _ranked(counts: dict[str, int], vocabulary: Vocabulary) -> list[str]:
     """The vocabulary by falling count, then alphabetically."""
 
-    def order(item: tuple[str, int]) -> tuple[int, str]:
-        return -item[1], item[0]
-
     special = {END_OF_LINE: counts[END_OF_LINE]} if END_OF_LINE in counts else {}
     if vocabulary.unknown:
         special[UNKNOWN] = 0
-    common = [(word, count) for word, count in counts.items() if count >= vocabulary.min_count and word not in special]
+    common = {word: count for word, count in counts.items() if count >= vocabulary.min_count and word not in special}
     if vocabulary.size:
-        common = sorted(common, key=order)[: max(vocabulary.size - len(special), 0)]
-    kept = dict(common) | special
+        words = _by_count(common)[: max(vocabulary.size - len(special), 0)]
+        common = {word: common[word] for word in words}
+    kept = common | special
     if vocabulary.unknown:
         kept[UNKNOWN] = sum(counts.values()) - sum(kept.values())
-    return [word for word, _ in sorted(kept.items(), key=order)]
+    return _by_count(kept)
+
+
+def _by_count(counts: dict[str, int]) -> list[str]:
+    return sorted(sorted(counts), key=counts.__getitem__, reverse=True)  # equal counts stay alphabetical
 
 
 def _code_points(text: str) -> np.ndarray:
@@ -328,8 +365,8 @@ def _bpe_backend(lines: Iterable[str], vocabulary: Vocabulary) -> Backend:
     return backend
 
 
-def _unit_of(backend: Backend) -> Unit:
-    description = json.loads(backend.to_str())
+def _unit_of(content: str) -> Unit:
+    description = json.loads(content)
     model = description["model"]
     if model["type"] == "WordLevel":
         return "word" if description["pre_tokenizer"]["type"] == "WhitespaceSplit" else "character"

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from unrolled.data.batches import Windows
 from unrolled.data.dataset import prepare
-from unrolled.data.text import open_corpus
+from unrolled.data.text import find, open_corpus
 from unrolled.data.tokens import Vocabulary
 from unrolled.recipe import load_recipe
 from unrolled.run import build_model, hardware
@@ -73,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--corpus", default="ptb")
+    parser.add_argument("--corpus", default="ptb" if find("ptb") else "stdlib")
     options = parser.parse_args()
     dataset = prepare(open_corpus(options.corpus), Vocabulary("word", 10_000))
     windows = Windows(dataset.ids["train"], 20, 20)

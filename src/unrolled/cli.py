@@ -182,6 +182,8 @@ def score(
         Show every token with its log-probability, too.
     """
     model = _load(run, device)
+    if not json:
+        print(f"{'log_prob':>12} {'tokens':>6} {'<unk>':>6} {'perplexity':>12}  text")
     for number, line in enumerate(_lines(file), start=1):
         result = model.score(line)
         answer: dict[str, Any] = {

@@ -48,7 +48,7 @@ PARTS = [
     "<eos>",
     "😀",
 ]
-LIKELY = lists(sampled_from([*PARTS, "<unk>"])).map("".join)
+LIKELY = lists(sampled_from([*PARTS, "<unk>", "<eos>"])).map("".join)
 
 
 @given(ANY_TEXT | LIKELY)

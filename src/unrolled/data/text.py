@@ -148,7 +148,7 @@ def fetch(name: str) -> Path:
     try:
         path = Path(pooch.retrieve(known.url, known_hash=None, path=folder, fname=known.archive))
     except (OSError, ValueError) as error:
-        reason = type(getattr(error, "__context__", None) or error).__name__
+        reason = type(error).__name__
         raise UnrolledError(
             f"{known.url} cannot be fetched ({reason}); get {known.archive} elsewhere, then: "
             f"unrolled data import {name} {known.archive}"

@@ -6,7 +6,6 @@ Both learn the same text from the same initial scale with the same windows, clip
 """
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -90,9 +89,7 @@ def main() -> None:
             steps(options.steps)
             speeds[name].append(options.steps * 400 / (time.perf_counter() - begun))
     machine = hardware(torch.device("cpu"))
-    print(
-        f"{machine['processor']}, {machine['threads']} threads, torch {torch.__version__}, {platform.python_version()}"
-    )
+    print(f"{dataset.name}; {machine['processor']}, {machine['threads']} threads, torch {torch.__version__}")
     ratios = [a / b for a, b in zip(speeds["unrolled"], speeds["torch.nn.LSTM"], strict=True)]
     for name, values in speeds.items():
         print(

@@ -1,6 +1,10 @@
-"""Makes what in docs/ comes from the code: commands.md, windows.svg, results/*.svg. Run by `make docs`."""
+"""Makes what in docs/ comes from the code: commands.md, windows.svg, results/*.svg. Run by `make docs`.
+
+python docs/make.py [FOLDER]
+"""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +17,11 @@ WORDS = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog", "lay", "b
 COLOURS = ("#4c78a8", "#e8833a")
 
 
-def main() -> None:
-    (DOCS / "commands.md").write_text(commands(), encoding="utf-8")
-    (DOCS / "windows.svg").write_text(windows_drawing(), encoding="utf-8")
+def main(into: Path) -> None:
+    (into / "commands.md").write_text(commands(), encoding="utf-8")
+    (into / "windows.svg").write_text(windows_drawing(), encoding="utf-8")
     for metrics in sorted((DOCS / "results").glob("*.metrics.jsonl")):
-        curves(metrics, metrics.with_name(metrics.name.replace(".metrics.jsonl", ".svg")))
+        curves(metrics, into / "results" / metrics.name.replace(".metrics.jsonl", ".svg"))
 
 
 def commands() -> str:
@@ -118,4 +122,4 @@ def curves(metrics: Path, picture: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else DOCS)

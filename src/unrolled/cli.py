@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import field, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
 
@@ -20,14 +20,17 @@ from unrolled.recipe import FIELDS, SECTIONS
 if TYPE_CHECKING:
     from unrolled.run import Run
 
+NO_NEGATIVES = Parameter(negative=())
 app = App(
     name="unrolled",
     help="Recurrent language models that anyone can train, trust and use on an ordinary computer.",
     version=__version__,
-    default_parameter=Parameter(negative=()),
+    default_parameter=NO_NEGATIVES,
     help_format="plaintext",
 )
-data_app = App(name="data", help="The corpora: what there is, where it is, how to get it.")
+data_app = App(
+    name="data", help="The corpora: what there is, where it is, how to get it.", default_parameter=NO_NEGATIVES
+)
 app.command(data_app)
 
 
@@ -50,11 +53,12 @@ def _recipe_options() -> type:
     for dotted in FIELDS:
         section, _, name = dotted.partition(".")
         about = SECTIONS[section].model_fields[name]
+        choices = get_args(about.annotation) if get_origin(about.annotation) is Literal else ()
         default = about.get_default(call_default_factory=True)
         default = ",".join(map(str, default)) if isinstance(default, tuple) else str(default).lower()
         parameter = Parameter(
             name=["--" + dotted.replace("_", "-"), *SHORT_FORMS.get(dotted, [])],
-            help=f"{about.description} [default: {default}]",
+            help=f"{about.description} [{'' if not choices else ', '.join(choices) + '; '}default: {default}]",
             group=groups[section],
         )
         options.append((dotted.replace(".", "__"), Annotated[str | None, parameter], field(default=None)))

@@ -199,6 +199,7 @@ def mistake(command: Command, *arguments: object, stdin: Path | None = None) -> 
             ["train", "--data", "toy", "--encoding", "klingon", "--data.tokens", "byte", "--model.cell", "x"],
             "'lstm' or 'gru'",
         ),
+        (["train", "--data", "toy", "--quiet", "--model.hidden-sizes", "9999999"], "lower --model.hidden-sizes"),
         (["train", "--resume", "--out", "nowhere"], "nowhere holds nothing to resume"),
         (["train", "--resume"], "holds nothing to resume"),
         (["evaluate"], "requires an argument"),

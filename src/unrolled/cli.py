@@ -186,8 +186,6 @@ def score(
         Show every token with its log-probability, too.
     """
     model = _load(run, device)
-    if not json:
-        print(f"{'log_prob':>12} {'tokens':>6} {'<unk>':>6} {'perplexity':>12}  text")
     for number, line in enumerate(_lines(file), start=1):
         result = model.score(line)
         answer: dict[str, Any] = {
@@ -202,8 +200,10 @@ def score(
                 answer["per_token"] = [{"token": token, "log_prob": value} for token, value in result.per_token]
             _print_json(answer)
             continue
+        if number == 1:
+            print(f"{'log_prob':>12} {'tokens':>6} {'<unk>':>6} {'perplexity':>12}  text")
         worth = "" if result.perplexity is None else f"{result.perplexity:12.2f}"
-        print(f"{result.log_prob:12.4f} {result.tokens:6d} {result.unknown:6d} {worth}  {line}", flush=True)
+        print(f"{result.log_prob:12.4f} {result.tokens:6d} {result.unknown:6d} {worth:>12}  {line}", flush=True)
         if per_token:
             for token, value in result.per_token:
                 print(f"{value:12.4f}   {_shown(token)}")

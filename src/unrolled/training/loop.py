@@ -1,10 +1,12 @@
 """Stateful truncated back-propagation through time, plain code; the update is in `run_epoch`."""
 
 import math
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -20,6 +22,7 @@ from unrolled.data.tokens import Vocabulary
 from unrolled.errors import UnrolledError
 from unrolled.files import sha256_of, write_whole
 from unrolled.inference.evaluate import Evaluation, evaluate_exact, evaluate_paper, unigram_perplexity
+from unrolled.nn.cells import CELLS
 from unrolled.nn.loss import loss, perplexity
 from unrolled.nn.model import LanguageModel
 from unrolled.nn.unroll import LayerStates, detach
@@ -114,6 +117,7 @@ def train(
     dataset = _resumed_dataset(path, recipe) if resume else _dataset(recipe, progress)
     windows = Windows(dataset.ids["train"], training.batch_size, training.num_steps)
 
+    refuse_what_cannot_fit(recipe, len(dataset.tokenizer))
     torch.manual_seed(training.seed)
     model = folder.build_model(recipe.model, len(dataset.tokenizer)).to(device)
     optimizer = make_optimizer(model.parameters(), training)
@@ -296,6 +300,31 @@ def _resumed_dataset(path: Path, recipe: Recipe) -> Dataset:
     if dataset.key != corpus["prepared"]:
         raise UnrolledError(f"{dataset.name} is not the text that {path} was begun with")
     return dataset
+
+
+def memory_needed(recipe: Recipe, vocab_size: int) -> int:
+    """Bytes that a training takes at least: weights, gradients, the optimiser's tensors, a window's logits twice."""
+    model, training = recipe.model, recipe.training
+    sizes = [model.embedding_size, *model.hidden_sizes]
+    layers = sum(CELLS[model.cell].gates * h * (e + h + 1) for e, h in pairwise(sizes))
+    parameters = vocab_size * (model.embedding_size + sizes[-1] + 1) + layers
+    copies = 4 if training.optimizer == "adamw" else 2
+    return 4 * (copies * parameters + 2 * training.num_steps * training.batch_size * vocab_size)
+
+
+def refuse_what_cannot_fit(recipe: Recipe, vocab_size: int) -> None:
+    """Before any of it is allocated.
+
+    Raises:
+        UnrolledError: the machine has less memory than the training takes at least.
+    """
+    needed = memory_needed(recipe, vocab_size)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
+    if needed > there:
+        raise UnrolledError(
+            f"this takes {needed / 2**30:,.1f} GiB of memory or more, and the machine has {there / 2**30:,.1f}; lower "
+            "--model.hidden-sizes, --model.embedding-size, --data.vocab-size or --training.batch-size"
+        )
 
 
 def pick_device(name: str) -> torch.device:

@@ -1,0 +1,40 @@
+"""What happens before the loop: datasets of any vocabulary, devices, memory."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import unrolled
+from unrolled import Recipe, UnrolledError
+from unrolled.run import build_model
+from unrolled.training.loop import memory_needed, pick_device
+
+
+def test_a_vocabulary_beyond_two_bytes_is_held_out_and_evaluated(
+    write: Callable[[str, bytes | str], Path], tmp_path: Path
+) -> None:
+    words = " ".join(f"w{number}" for number in range(70_000))
+    path = write("many.txt", f"{words}\n{'w1 w2 w3 ' * 5_000}\n")
+    small = {"model.embedding_size": 2, "model.hidden_sizes": "2", "training.max_epochs": 1, "data.vocab_size": 0}
+    run = unrolled.train("demo", data=str(path), out=tmp_path / "run", changes=small | {"data.min_count": 1})
+    assert len(run.tokenizer) > 65_536
+    assert run.evaluate()["tokens"] == run.manifest["corpus"]["splits"]["test"]["tokens"] - 1
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize(("optimizer", "copies"), [("sgd", 2), ("adamw", 4)])
+def test_the_memory_needed_counts_every_parameter(cell: str, optimizer: str, copies: int) -> None:
+    changes = {"model.cell": cell, "model.hidden_sizes": "7,5", "training.optimizer": optimizer}
+    recipe = Recipe().changed(changes)
+    logits = 2 * 20 * 20 * 100
+    assert memory_needed(recipe, 100) == 4 * (copies * build_model(recipe.model, 100).num_parameters() + logits)
+
+
+def test_a_device_is_picked_by_name() -> None:
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("abacus", "", "cuda:99"):
+        with pytest.raises(UnrolledError, match=f"no device '{name}' here"):
+            pick_device(name)

@@ -72,6 +72,11 @@ def test_one_endless_line_is_cut_between_words(write: Write) -> None:
     assert ["".join(read_text(corpus, split)).strip()[:5] for split in corpus.splits] == ["word "] * 3
 
 
+def test_a_long_last_line_leaves_no_split_empty(write: Write) -> None:
+    corpus = open_corpus(str(write("mine.txt", LINES * 9 + "word " * 1_000 + "\n")))
+    assert min(split.stop - split.start for split in corpus.splits.values()) > 1_000
+
+
 def test_one_endless_word_is_cut_between_characters(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "_LONGEST_WORD", 100)
     monkeypatch.setattr(reading, "_PIECE", 64)

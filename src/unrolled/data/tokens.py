@@ -134,7 +134,7 @@ class Tokenizer:
         So `<eos>` itself counts nothing, and `<unk>` as it is spelled. A character cut in two (by bytes or BPE) counts
         where it begins.
         """
-        counts = np.bincount(ids, minlength=len(self))
+        counts = sum_counts(ids, len(self))
         if self.unit == "word":
             lengths = [0 if word == END_OF_LINE else len(word) + 1 for word in self.vocabulary]
         elif self.unit == "character":
@@ -307,6 +307,14 @@ def _code_points(text: str) -> np.ndarray:
     if text.isascii():
         return np.frombuffer(text.encode("ascii"), np.uint8)
     return np.frombuffer(text.encode("utf-32-le"), np.uint32)
+
+
+def sum_counts(ids: np.ndarray, vocab_size: int) -> np.ndarray:
+    """How often each id occurs, (V,); in blocks, for `bincount` takes eight bytes an id."""
+    counts = np.zeros(vocab_size, np.int64)
+    for first in range(0, len(ids), 1 << 20):
+        counts += np.bincount(ids[first : first + (1 << 20)], minlength=vocab_size)
+    return counts
 
 
 def smallest_dtype(vocab_size: int) -> np.dtype:

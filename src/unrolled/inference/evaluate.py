@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from unrolled.data.batches import Windows
+from unrolled.data.tokens import sum_counts
 from unrolled.nn.loss import bits_per, loss, perplexity
 from unrolled.nn.model import LanguageModel
 from unrolled.nn.unroll import LayerStates
@@ -131,9 +132,6 @@ def _near(a: LayerStates, b: LayerStates) -> bool:
 
 def unigram_perplexity(train_ids: np.ndarray, ids: np.ndarray, vocab_size: int) -> float:
     """Perplexity of the targets `ids[1:]` under the counts of the training text, one added to each: a yardstick."""
-    counts = np.ones(vocab_size, np.int64)
-    for first in range(0, len(train_ids), 1 << 22):
-        counts += np.bincount(train_ids[first : first + (1 << 22)], minlength=vocab_size)
-    log_probs = np.log(counts / counts.sum())
-    nll_nats = -sum(log_probs[ids[first : first + (1 << 22)]].sum() for first in range(1, len(ids), 1 << 22))
-    return perplexity(float(nll_nats), len(ids) - 1)
+    counts = sum_counts(train_ids, vocab_size) + 1
+    nll_nats = -float(sum_counts(ids[1:], vocab_size) @ np.log(counts / counts.sum()))
+    return perplexity(nll_nats, len(ids) - 1)

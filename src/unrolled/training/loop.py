@@ -128,6 +128,7 @@ def train(
         progress(_note(f"going on with {path} at epoch {position.epoch}, step {position.step}"))
     else:
         folder.create(path, recipe, changes, dataset)
+        save_point(path, position, model, optimizer, states)  # so that there is a resume point from the first moment
     progress(_note(f"{path}: {model.num_parameters():,} parameters, {windows.num_targets:,} tokens an epoch, {device}"))
 
     with StopRequest() as stop:

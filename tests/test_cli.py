@@ -154,9 +154,9 @@ def test_corpora_are_listed_shown_and_imported(
     assert "begins: a few words" in out
     monkeypatch.setenv("UNROLLED_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("UNROLLED_DATA", raising=False)
-    status, _, err = command("data", "import", "text8", write("text8", "some text " * 50))
+    status, out, _ = command("data", "import", "text8", write("text8", "some text " * 50))
     assert status == 0
-    assert "the first 500 characters of text8" in err
+    assert "the first 500 characters of text8" in out
     _, out, _ = command("data", "list")
     assert str(tmp_path / "cache") in out
 

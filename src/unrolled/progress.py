@@ -2,11 +2,15 @@
 
 import math
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+_SILENCE_S = 30.0
+"""Where there is no terminal, a line at least this often."""
 
 
 class Display:
@@ -32,6 +36,7 @@ class Display:
             refresh_per_second=5,
         )
         self.task: TaskID | None = None
+        self.said_at = 0.0
 
     def __enter__(self) -> Self:
         self.live.start()
@@ -67,9 +72,10 @@ class Display:
                     self.live.remove_task(task)
                 self.task = self.live.add_task("", total=event["windows"], epoch="", figures="")
             self.live.update(self.task, completed=event["window"], epoch=event["epoch"], figures=figures)
-        elif event["window"] % max(1, event["windows"] // 10) == 0:
-            left = (event["windows"] - event["window"]) / event["windows"]
-            self._say(f"epoch {event['epoch']:3d}  {1 - left:4.0%}  {figures}")
+        elif event["window"] % max(1, event["windows"] // 10) == 0 or time.monotonic() - self.said_at > _SILENCE_S:
+            done = event["window"] / event["windows"]
+            left = (1 - done) * event["tokens_an_epoch"] / event["tokens_per_second"]
+            self._say(f"epoch {event['epoch']:3d}  {done:4.0%}  {figures}  {left:,.0f} s left of it")
 
     def _epoch(self, event: dict[str, Any]) -> None:
         self._say(
@@ -80,4 +86,5 @@ class Display:
         )
 
     def _say(self, text: str) -> None:
+        self.said_at = time.monotonic()
         self.console.print(text)

@@ -99,7 +99,7 @@ class Training(Section):
     decay: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Factor on the rate for each epoch past `constant_epochs`."""
     warmup_steps: NonNegativeInt = 0
-    """Steps over which the rate rises from 0 under the cosine schedule."""
+    """Steps over which the rate rises from 0 under the cosine schedule; no more than a tenth of all."""
     weight_decay: NonNegativeFloat = 0.0
     """AdamW's decay of the weights towards 0."""
     max_grad_norm: PositiveFloat = 5.0

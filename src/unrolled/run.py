@@ -27,7 +27,7 @@ import torch
 
 from unrolled import __version__
 from unrolled.data.dataset import Dataset, prepare_with
-from unrolled.data.text import open_corpus, open_text
+from unrolled.data.text import open_corpus, open_text, text_is_there
 from unrolled.data.tokens import Tokenizer
 from unrolled.errors import UnrolledError
 from unrolled.files import sha256_of, write_whole
@@ -137,6 +137,11 @@ class Run:
             return self.manifest["corpus"]["name"], split, tensors[split].numpy()
         encoding = (encoding or "utf-8") if data is not None else self.recipe.data.encoding
         encoding = None if self.tokenizer.unit == "byte" else encoding
+        if data is None and not text_is_there(self.recipe.data.corpus):
+            raise UnrolledError(
+                f"the text that {self.path} was trained on, {self.recipe.data.corpus!r}, is no longer here; "
+                "pass it with --data"
+            )
         whole = open_text(data, encoding) if data is not None else None
         corpus = whole or open_corpus(data or self.recipe.data.corpus, encoding)
         dataset = prepare_with(corpus, self.tokenizer)
@@ -201,14 +206,19 @@ def latest_folder(name: str) -> Path | None:
     return folder.with_name(f"{name}-{number}") if number else None
 
 
+def refuse_taken(path: Path) -> None:
+    """Raises UnrolledError where there is something at `path` already."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UnrolledError(f"{path} exists already; choose another --out, or go on with it: --resume --out {path}")
+
+
 def create(path: Path, recipe: Recipe, changes: dict[str, Any], dataset: Dataset) -> None:
     """A new run folder, with all but weights. `changes` are what the user asked for beyond the recipe.
 
     Raises:
         UnrolledError: there is something at `path` already.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UnrolledError(f"{path} exists already; choose another --out, or go on with it: --resume --out {path}")
+    refuse_taken(path)
     path.mkdir(parents=True, exist_ok=True)
     write_whole(path / "recipe.toml", recipe.to_toml().encode())
     write_whole(path / "tokenizer.json", dataset.tokenizer.to_json().encode())

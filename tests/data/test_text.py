@@ -347,7 +347,7 @@ def test_a_corpus_is_fetched_and_checked(
     folder, address = served
     monkeypatch.setenv("UNROLLED_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("UNROLLED_DATA", raising=False)
-    monkeypatch.setitem(KNOWN, "text8", text.KnownCorpus("", f"{address}/text8.zip", "text8.zip", ("text8",)))
+    monkeypatch.setitem(KNOWN, "text8", text.KnownCorpus("", f"{address}/text8.zip", "", "text8.zip", ("text8",)))
     make_zip(folder / "text8.zip", {"text8": b"Not Text8"})
     with pytest.raises(UnrolledError, match="is not text8"):
         open_corpus("text8")
@@ -361,13 +361,13 @@ def test_a_dead_link_is_answered_with_the_way_round(
 ) -> None:
     monkeypatch.setenv("UNROLLED_CACHE", str(tmp_path / "cache"))
     for url in (f"{served[1]}/gone.tgz", "http://127.0.0.1:9/simple-examples.tgz"):
-        monkeypatch.setitem(KNOWN, "ptb", text.KnownCorpus("", url, "simple-examples.tgz", ("ptb.train.txt",)))
+        monkeypatch.setitem(
+            KNOWN, "ptb", text.KnownCorpus("", url, "try a mirror", "simple-examples.tgz", ("ptb.train.txt",))
+        )
         with pytest.raises(UnrolledError) as caught:
             fetch("ptb")
         assert url in str(caught.value)
-        assert "get simple-examples.tgz elsewhere, then: unrolled data import ptb simple-examples.tgz" in str(
-            caught.value
-        )
+        assert "get simple-examples.tgz elsewhere (try a mirror), then: unrolled data import ptb" in str(caught.value)
 
 
 @pytest.mark.parametrize(

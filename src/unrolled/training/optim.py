@@ -27,9 +27,10 @@ def learning_rate(training: Training, epoch: int, step: int, num_steps_in_all: i
     """
     if training.schedule == "decay":
         return training.learning_rate * training.decay ** max(epoch - training.constant_epochs, 0)
-    if step < training.warmup_steps:
-        return training.learning_rate * (step + 1) / training.warmup_steps
-    after = (step - training.warmup_steps) / max(num_steps_in_all - training.warmup_steps, 1)
+    warmup = min(training.warmup_steps, num_steps_in_all // 10)
+    if step < warmup:
+        return training.learning_rate * (step + 1) / warmup
+    after = (step - warmup) / max(num_steps_in_all - warmup, 1)
     return training.learning_rate * 0.5 * (1 + math.cos(math.pi * min(after, 1.0)))
 
 

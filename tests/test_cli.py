@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 
 from unrolled import Run
 from unrolled.cli import main
+from unrolled.data import archives
+from unrolled.data.text import KNOWN, KnownCorpus
 
 Write = Callable[[str, bytes | str], Path]
 
@@ -200,6 +203,10 @@ def mistake(command: Command, *arguments: object, stdin: Path | None = None) -> 
             "'lstm' or 'gru'",
         ),
         (["train", "--data", "toy", "--quiet", "--model.hidden-sizes", "9999999"], "lower --model.hidden-sizes"),
+        (["train", "--encoding", "rot13", "--data", __file__], "no encoding named 'rot13'"),
+        (["train", "--data", "toy", "--training.batch-size", "999999999"], "tokens are too few"),
+        (["train", "--data", "toy", "--model.init-scale", "1e39"], "--model.init-scale must be at most"),
+        (["train", "--data", "toy", "--device", "meta"], "no device 'meta' here"),
         (["train", "--resume", "--out", "nowhere"], "nowhere holds nothing to resume"),
         (["train", "--resume"], "holds nothing to resume"),
         (["evaluate"], "requires an argument"),
@@ -211,7 +218,7 @@ def mistake(command: Command, *arguments: object, stdin: Path | None = None) -> 
         (["data", "fetch", "stdlib"], "needs no download"),
         (["data", "import", "ptb", "nowhere.tgz"], "no file 'nowhere.tgz'"),
         (["data", "show", "nothing.txt"], "no corpus or file 'nothing.txt'"),
-        (["data", "show", "toy", "--tokens", "sentence"], "--data.tokens must be"),
+        (["data", "show", "toy", "--tokens", "sentence"], 'Invalid value "sentence" for --tokens'),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(
@@ -227,6 +234,8 @@ def test_a_mistake_is_one_line_and_status_2(
     [
         (["predict", "a", "-k", "0"], "-k must be at least 1, not 0"),
         (["predict", "a", "-k", "many"], "many"),
+        (["generate", "--seed", "99999999999999999999"], "--seed must be at least 0 and below 2 to the 63rd"),
+        (["predict", "caf\udce9"], "is not UTF-8"),
         (["generate", "--length", "-3"], "--length must be at least 0"),
         (["generate", "--temperature", "-1"], "--temperature must be at least 0"),
         (["generate", "--top-p", "0"], "--top-p must be more than 0"),
@@ -275,6 +284,31 @@ def test_a_resume_that_asks_for_something_else_says_what(command: Command, toy_r
     run = shutil.copytree(toy_run.path, tmp_path / "run")
     error = mistake(command, "train", "--resume", "--out", run, "--training.num-steps", 7, "--seed", 9)
     assert "was begun with other values of training.num_steps, training.seed" in error
+
+
+def test_unsafe_archives_dead_links_and_wrong_files_are_one_line(
+    command: Command, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
+        archive.writestr("../train.txt", "x")
+    assert "the archive is refused" in mistake(command, "train", "--data", tmp_path / "bad.zip")
+    monkeypatch.setattr(archives, "MAX_BYTES", 0)
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w") as archive:
+        archive.writestr("train.txt", "x")
+    assert "unpacks to more than" in mistake(command, "train", "--data", tmp_path / "bomb.zip")
+    assert "it holds b'P'" in mistake(command, "data", "import", "text8", write("text8", "Penn"))
+    monkeypatch.setenv("UNROLLED_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(
+        KNOWN, "text8", KnownCorpus("", "http://127.0.0.1:9/x", "try a mirror", "text8.zip", ("text8",))
+    )
+    assert "cannot be fetched" in mistake(command, "data", "fetch", "text8")
+
+
+def test_figures_that_are_no_numbers_are_null(command: Command, toy_run: Run, write: Write) -> None:
+    (answer,) = command.json("evaluate", toy_run.path, "--data", write("empty.txt", "\n\n\n\n"))
+    assert answer["bits_per_character"] is None
+    status, out, _ = command("evaluate", toy_run.path, "--data", write("empty.txt", "\n\n\n\n"))
+    assert (status, "–" in out) == (0, True)
 
 
 def test_undecodable_lines_are_named(command: Command, toy_run: Run, write: Write) -> None:

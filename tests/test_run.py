@@ -95,6 +95,18 @@ def test_weights_of_another_model_are_refused(copy: Path, character_run: Run) ->
         unrolled.load(copy).model  # noqa: B018
 
 
+def test_held_out_ids_of_another_run_are_refused(copy: Path, character_run: Run) -> None:
+    shutil.copy(character_run.path / "heldout.safetensors", copy)
+    with pytest.raises(UnrolledError, match=r"heldout\.safetensors is damaged or was changed"):
+        unrolled.load(copy).evaluate()
+
+
+def test_a_resume_point_of_another_run_is_refused(copy: Path, character_run: Run) -> None:
+    shutil.copy(character_run.path / "last/resume.safetensors", copy / "last")
+    with pytest.raises(UnrolledError, match=r"resume\.safetensors does not fit the recipe of its run"):
+        unrolled.train(None, out=copy, resume=True)
+
+
 def test_a_newer_format_says_so(copy: Path) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
     run_module.write_manifest(copy, manifest | {"format": 99})

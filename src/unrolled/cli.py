@@ -4,6 +4,7 @@ Nothing heavier than the command line's own library is imported until a command 
 """
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -160,10 +161,10 @@ def evaluate(
             ["text", f"{answer['corpus']}, {answer['split']}"],
             ["protocol", answer["protocol"]],
             ["tokens", f"{answer['tokens']:,}"],
-            ["perplexity", f"{answer['perplexity']:.3f}"],
+            ["perplexity", _number(answer["perplexity"], 3)],
             ["nats per token", f"{answer['nll_nats'] / answer['tokens']:.4f}"],
             ["bits per token", f"{answer['bits_per_token']:.4f}"],
-            ["bits per character", f"{answer['bits_per_character']:.4f}"],
+            ["bits per character", _number(answer["bits_per_character"], 4)],
         ],
     )
 
@@ -232,7 +233,7 @@ def predict(
         Let <unk> be among them.
     """
     model = _load(run, device)
-    for text in _lines("-") if prefix is None else [prefix]:
+    for text in _lines("-") if prefix is None else [_utf8(prefix)]:
         found = model.predict(text, k, unknown)
         if json:
             words = [{"word": word, "probability": value} for word, value in found.words]
@@ -287,7 +288,7 @@ def generate(
         raise UnrolledError("--prompt and --prompt-file exclude each other")
     if prompt_file is not None or prompt == "-":
         prompt = "\n".join(_lines(str(prompt_file or "-")))
-    prompt = prompt or ""
+    prompt = _utf8(prompt or "")
     seed = new_seed() if seed is None else seed
     pieces = _load(run, device).stream(
         prompt, length=length, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, unknown=unknown
@@ -315,7 +316,7 @@ def inspect(run: RunFolder, /, *, json: Json = False) -> None:
         )
         return
     manifest = opened.manifest
-    rows = [[name, " × ".join(map(str, shape)), f"{_product(shape):,}"] for name, shape in parameters.items()]
+    rows = [[name, " × ".join(map(str, shape)), f"{math.prod(shape):,}"] for name, shape in parameters.items()]
     _print_table(["parameter", "shape", "count"], [*rows, ["all", "", f"{opened.model.num_parameters():,}"]])
     first = " ".join(_shown(opened.tokenizer.token(id)) for id in range(min(12, len(opened.tokenizer))))
     corpus = manifest["corpus"]
@@ -412,7 +413,14 @@ def data_import(name: str, path: Path, /) -> None:
 
 
 @data_app.command(name="show")
-def data_show(name: str, /, *, encoding: str = "utf-8", tokens: str = "word", json: Json = False) -> None:
+def data_show(
+    name: Text,
+    /,
+    *,
+    encoding: str = "utf-8",
+    tokens: Literal["word", "character", "byte", "bpe"] = "word",
+    json: Json = False,
+) -> None:
     """A corpus by name or path: splits, counts, hashes, first line, with every word of train in the vocabulary.
 
     Parameters
@@ -422,15 +430,13 @@ def data_show(name: str, /, *, encoding: str = "utf-8", tokens: str = "word", js
     encoding
         How the bytes become characters.
     tokens
-        word, character, byte or bpe.
+        The unit of text.
     """
     from unrolled.data.dataset import prepare
     from unrolled.data.text import open_corpus
     from unrolled.data.tokens import Vocabulary
-    from unrolled.recipe import Recipe
 
-    unit = Recipe().changed({"data.tokens": tokens}).data.tokens
-    dataset = prepare(open_corpus(name, None if unit == "byte" else encoding), Vocabulary(unit))
+    dataset = prepare(open_corpus(name, None if tokens == "byte" else encoding), Vocabulary(tokens))
     splits = {split: vars(info) for split, info in dataset.splits.items()}
     if json:
         _print_json(
@@ -438,7 +444,7 @@ def data_show(name: str, /, *, encoding: str = "utf-8", tokens: str = "word", js
         )
         return
     rows = [[s, f"{i['tokens']:,}", f"{i['unknown']:,}", i["sha256"]] for s, i in splits.items()]
-    _print_table([dataset.name, f"{unit}s", "<unk>", "SHA-256"], rows)
+    _print_table([dataset.name, f"{tokens}s", "<unk>", "SHA-256"], rows)
     print(f"vocabulary {len(dataset.tokenizer):,}" + (f"; {dataset.note}" if dataset.note else ""))
     print("begins: " + dataset.tokenizer.decode(dataset.ids["train"][:200])[:200].splitlines()[0])
 
@@ -448,13 +454,14 @@ def data_show(name: str, /, *, encoding: str = "utf-8", tokens: str = "word", js
 
 def _load(path: Path, device: str) -> "Run":
     from unrolled.run import load
-    from unrolled.training.loop import pick_device
 
-    return load(path, str(pick_device(device)))
+    return load(path, device)
 
 
 def _lines(file: str) -> Iterator[str]:
     """The lines of a UTF-8 file or of standard input, as they come."""
+    if file == "-" and sys.stdin is None:
+        raise UnrolledError("standard input is closed")
     with sys.stdin.buffer if file == "-" else open(file, "rb") as stream:
         for number, line in enumerate(stream, start=1):
             try:
@@ -464,6 +471,19 @@ def _lines(file: str) -> Iterator[str]:
                 raise UnrolledError(f"{place}, line {number}, byte {error.start + 1}: not UTF-8") from error
 
 
+def _utf8(text: str) -> str:
+    """An argument as it is, refused where the shell gave bytes that are no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UnrolledError(f"{text!r} is not UTF-8") from error
+    return text
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
 def _print_epoch(event: dict[str, Any]) -> None:
     names = ("epoch", "train_perplexity", "valid_perplexity", "learning_rate", "tokens_per_second", "elapsed_s")
     _print_json({name: event[name] for name in names})
@@ -471,23 +491,19 @@ def _print_epoch(event: dict[str, Any]) -> None:
 
 def _print_results(run: "Run") -> None:
     results = run.manifest["results"]
-    rows = [
-        [
-            split,
-            result["protocol"],
-            f"{result['tokens']:,}",
-            f"{result['perplexity']:.2f}",
-            f"{result['bits_per_character']:.3f}",
-        ]
-        for split, result in (("valid", results["valid"]), ("test", results["test"]))
-    ]
+    rows = []
+    for split in ("valid", "test"):
+        result = results[split]
+        figures = _number(result["perplexity"], 2), _number(result["bits_per_character"], 3)
+        rows.append([split, result["protocol"], f"{result['tokens']:,}", *figures])
     if results["valid_protocol"] == "paper":
-        rows.insert(0, ["valid", "paper", "", f"{results['valid_perplexity']:.2f}", ""])
-    rows.append(["test", "unigram", "", f"{results['unigram_test_perplexity']:.2f}", ""])
+        rows.insert(0, ["valid", "paper", "", _number(results["valid_perplexity"], 2), ""])
+    rows.append(["test", "unigram", "", _number(results["unigram_test_perplexity"], 2), ""])
     rows.append(["test", "uniform", "", f"{results['uniform_test_perplexity']:,}", ""])
     _print_table(["split", "protocol", "tokens", "perplexity", "bits per character"], rows)
+    train_perplexity = _number(results["train_perplexity"], 2)
     print(
-        f"best epoch {results['best_epoch']}, train perplexity {results['train_perplexity']:.2f}; run folder {run.path}"
+        f"best epoch {results['best_epoch']}, its train perplexity as it ran {train_perplexity}; run folder {run.path}"
     )
 
 
@@ -495,29 +511,27 @@ def _print_table(header: list[str], rows: list[list[str]]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text as Cell
 
-    table = Table(*header, box=box.SIMPLE_HEAD if any(header) else None, show_header=any(header), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD if any(header) else None, show_header=any(header), pad_edge=False)
+    for name in header:
+        table.add_column(Cell(name))
     for row in rows:
-        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+        table.add_row(*map(Cell, row))
     console = Console(highlight=False)
     console.width = console.width if console.is_terminal else 200
     console.print(table)
 
 
 def _print_json(answer: dict[str, Any]) -> None:
-    print(json.dumps(answer, ensure_ascii=False), flush=True)
+    from unrolled.run import finite
+
+    print(json.dumps(finite(answer), ensure_ascii=False, allow_nan=False), flush=True)
 
 
 def _shown(token: str) -> str:
     """A token as one visible piece of a line."""
     return json.dumps(token, ensure_ascii=False) if token.strip() != token or not token.isprintable() else token
-
-
-def _product(shape: list[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
 
 
 def _notice(text: str) -> None:
@@ -531,6 +545,12 @@ def _fail(text: str, status: int = 2) -> NoReturn:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """The command `unrolled`. A user's mistake is one line on standard error and exit status 2."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):  # a terminal that cannot show a character shows its number
+            stream.reconfigure(errors="backslashreplace")
     # Threads that wait by spinning make training 20 to 45 times slower where another program has a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
@@ -544,9 +564,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         _fail(str(error))
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        sys.exit(1)
     except OSError as error:
         _fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+    except Exception as error:  # a fault of ours: one line all the same
+        if os.environ.get("UNROLLED_TRACEBACK"):
+            raise
+        _fail(f"internal error, please report it: {error!r} (UNROLLED_TRACEBACK=1 shows where)", 1)
     sys.exit(status or 0)

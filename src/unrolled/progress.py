@@ -1,6 +1,5 @@
 """What `train` shows while it runs, on standard error: a live line on a terminal, plain lines elsewhere."""
 
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +10,13 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 _SILENCE_S = 30.0
 """Where there is no terminal, a line at least this often."""
+
+
+class _Console(Console):
+    """When nobody reads the progress any more, training goes on without it."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
 
 
 class Display:
@@ -24,7 +30,7 @@ class Display:
     def __init__(self, quiet: bool = False, on_epoch: Callable[[dict[str, Any]], None] | None = None) -> None:
         self.quiet = quiet
         self.on_epoch = on_epoch
-        self.console = Console(file=sys.stderr, highlight=False, markup=False, soft_wrap=True)
+        self.console = _Console(file=sys.stderr, highlight=False, markup=False, soft_wrap=True)
         self.live = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(bar_width=24),
@@ -60,8 +66,8 @@ class Display:
 
     def _step(self, event: dict[str, Any]) -> None:
         if event["step"] == 1:
-            nats = event["nll_nats_per_token"]
-            self._say(f"before training: {nats:.4f} nats a token, perplexity {math.exp(nats):,.0f}")
+            nats, perplexity = event["nll_nats_per_token"], event["train_perplexity"]
+            self._say(f"before training: {nats:.4f} nats a token, perplexity {perplexity:,.0f}")
         figures = (
             f"perplexity {event['train_perplexity']:9,.2f}  {event['tokens_per_second']:8,.0f} tokens/s  "
             f"rate {event['learning_rate']:.4g}  gradient {event['grad_norm']:.3g}"

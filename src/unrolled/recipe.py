@@ -23,7 +23,8 @@ from unrolled.errors import UnrolledError, did_you_mean
 SHIPPED = Path(__file__).parent / "recipes"
 
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+CountOrNone = Annotated[int, Field(ge=0, le=10**9)]
 
 
 class Section(BaseModel):
@@ -41,7 +42,7 @@ class Data(Section):
     """How the bytes of the text become characters."""
     tokens: Literal["word", "character", "byte", "bpe"] = "word"
     """The unit of text."""
-    vocab_size: NonNegativeInt = 0
+    vocab_size: CountOrNone = 0
     """The most tokens in the vocabulary, the commonest kept; 0 for no limit (bpe: 8000)."""
     min_count: Count = 1
     """What is seen less often in the training text becomes <unk>."""
@@ -68,7 +69,7 @@ class Model(Section):
     """Units of each layer, from the bottom up."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability that a unit is dropped, on the embedding and on every layer's output."""
-    init_scale: PositiveFloat = 0.1
+    init_scale: Annotated[float, Field(gt=0, le=1e6)] = 0.1
     """Weights begin uniform between minus this and this, biases at 0."""
     forget_bias: float = 0.0
     """Added to the LSTM's forget gate at the start; the references use none."""
@@ -94,11 +95,11 @@ class Training(Section):
     """The rate before any schedule lowers it."""
     schedule: Literal["decay", "cosine"] = "decay"
     """decay: times `decay` after every epoch past `constant_epochs`. cosine: warm-up, then half a cosine to 0."""
-    constant_epochs: NonNegativeInt = 4
+    constant_epochs: CountOrNone = 4
     """Epochs at the full rate; the first lower rate is the next epoch's (TensorFlow's convention)."""
     decay: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Factor on the rate for each epoch past `constant_epochs`."""
-    warmup_steps: NonNegativeInt = 0
+    warmup_steps: CountOrNone = 0
     """Steps over which the rate rises from 0 under the cosine schedule; no more than a tenth of all."""
     weight_decay: NonNegativeFloat = 0.0
     """AdamW's decay of the weights towards 0."""
@@ -107,7 +108,7 @@ class Training(Section):
     seed: NonNegativeInt = 1
     """Of the first parameters and of dropout."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
+    """cpu, cuda, cuda:1; auto takes a GPU where there is one."""
     precision: Literal["f32", "bf16"] = "f32"
     """f32, or bf16 for the products with f32 weights (autocast)."""
     save_every_s: PositiveFloat = 60.0
@@ -191,7 +192,7 @@ def load_recipe(name: str | Path) -> Recipe:
         raise UnrolledError(f"no recipe named {str(name)!r}{hint} (unrolled recipes lists them)")
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UnrolledError(f"{path} is not TOML: {error}") from error
     tables.setdefault("name", _as_name(path.stem))
     return _validated(tables, lambda field: f"{path}: {field}")

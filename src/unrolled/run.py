@@ -11,12 +11,14 @@ last/                  the exact resume point (training/resume.py)
 
 import hashlib
 import json
+import math
 import os
 import platform
 import re
 import time
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -26,12 +28,14 @@ import safetensors.torch
 import torch
 
 from unrolled import __version__
+from unrolled.data.batches import Windows
 from unrolled.data.dataset import Dataset, prepare_with
-from unrolled.data.text import open_corpus, open_text, text_is_there
+from unrolled.data.text import SPLITS, open_corpus, open_text, text_is_there
 from unrolled.data.tokens import Tokenizer
 from unrolled.errors import UnrolledError
 from unrolled.files import sha256_of, write_whole
 from unrolled.inference.evaluate import Evaluation, evaluate_exact, evaluate_paper
+from unrolled.nn.cells import CELLS
 from unrolled.nn.loss import bits_per
 from unrolled.nn.model import LanguageModel
 from unrolled.recipe import Model, Recipe, load_recipe
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
     from unrolled.inference.generate import Prediction
     from unrolled.inference.score import Score
 
+ALWAYS_CHECKED = ("recipe.toml", "tokenizer.json")
 FORMAT = 1
 """Raised when an older Unrolled could no longer read the folder."""
 
@@ -50,11 +55,10 @@ class Run:
 
     def __init__(self, path: Path, device: str = "cpu") -> None:
         self.path = path
+        self.folder = path.resolve()
         self.manifest = read_manifest(path)
-        self.device = device
-        for name, expected in self.manifest["files"].items():
-            if name != "heldout.safetensors" and _hash_or_refuse(path / name) != expected:
-                raise UnrolledError(f"{path / name} is damaged or was changed: its SHA-256 is not the manifest's")
+        self.device = pick_device(device)
+        check_files(path, self.manifest)
         self.recipe = load_recipe(path / "recipe.toml")
         self.tokenizer = Tokenizer.load(path / "tokenizer.json")
 
@@ -66,7 +70,7 @@ class Run:
     @cached_property
     def model(self) -> LanguageModel:
         """The network with its best weights, in evaluation mode."""
-        path = self.path / "model.safetensors"
+        path = self.folder / "model.safetensors"
         if not path.is_file():
             raise UnrolledError(f"{path} is missing; the training has not come so far: unrolled train --resume")
         tensors, _ = read_tensors(path)
@@ -120,19 +124,23 @@ class Run:
             raise UnrolledError(f"{corpus} holds {len(ids)} token; an evaluation takes two or more")
         training = self.recipe.training
         if protocol == "paper" and split != "test":
-            result = evaluate_paper(self.model, ids, training.batch_size, training.num_steps)
+            windows = Windows(ids, training.batch_size, training.num_steps)
+            result, counted = evaluate_paper(self.model, windows), windows.targets.ravel()
         else:
-            result = evaluate_exact(self.model, ids)
-        counted = ids[1:] if result.protocol == "exact" else ids[: result.tokens]
+            result, counted = evaluate_exact(self.model, ids), ids[1:]
         described = describe(result, self.tokenizer.characters(counted))
         return {"run": str(self.path), "corpus": corpus, "split": split} | described | {"protocol": protocol}
 
     def _ids(self, split: str, data: str | None, encoding: str | None) -> tuple[str, str, np.ndarray]:
         """What the ids are of: the corpus, the split; and the ids."""
-        if data is None and split in ("valid", "test"):
-            path = self.path / "heldout.safetensors"
+        if data is None and split not in SPLITS:
+            raise UnrolledError(f"no split {split!r}; there are " + ", ".join(SPLITS))
+        if data is None and split != "train":
+            path = self.folder / "heldout.safetensors"
             if not path.is_file():
                 raise UnrolledError(f"{path} was taken away; pass the text with --data")
+            if sha256_of(path) != self.manifest["files"][path.name]:
+                raise UnrolledError(f"{path} is damaged or was changed: its SHA-256 is not the manifest's")
             tensors, _ = read_tensors(path)
             return self.manifest["corpus"]["name"], split, tensors[split].numpy()
         encoding = (encoding or "utf-8") if data is not None else self.recipe.data.encoding
@@ -157,8 +165,13 @@ class Run:
 def load(path: str | os.PathLike[str], device: str = "cpu") -> Run:
     """Opens a run folder for use, from anywhere, with no corpus and no recipe beside it.
 
+    Args:
+        path: the folder that training left.
+        device: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one.
+
     Raises:
-        UnrolledError: it is no run folder, or a file of it is missing, damaged or of a newer format.
+        UnrolledError: it is no run folder, a file of it is missing, damaged or of a newer format, or there is no such
+            device.
     """
     return Run(Path(path), device)
 
@@ -176,8 +189,52 @@ def describe(result: Evaluation, characters: int) -> dict[str, Any]:
     }
 
 
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is a GPU where there is one.
+
+    Raises:
+        UnrolledError: this PyTorch has no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+            raise RuntimeError(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UnrolledError(f"no device {name!r} here; --device cpu, or auto to take what there is") from error
+    return device
+
+
+def num_parameters(model: Model, vocab_size: int) -> int:
+    """How many numbers the network of a recipe learns, without building it."""
+    sizes = [model.embedding_size, *model.hidden_sizes]
+    layers = sum(CELLS[model.cell].gates * h * (e + h + 1) for e, h in pairwise(sizes))
+    return vocab_size * (model.embedding_size + sizes[-1] + 1) + layers
+
+
+def refuse_what_cannot_fit(needed: int) -> None:
+    """Before it is allocated.
+
+    Raises:
+        UnrolledError: the machine has less than `needed` bytes of memory.
+    """
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
+    if needed > there:
+        raise UnrolledError(
+            f"this takes {needed / 2**30:,.1f} GiB of memory or more, and the machine has {there / 2**30:,.1f}; lower "
+            "--model.hidden-sizes, --model.embedding-size, --data.vocab-size or --training.batch-size"
+        )
+
+
 def build_model(model: Model, vocab_size: int) -> LanguageModel:
-    """The network that a recipe describes, its parameters drawn from torch's global generator."""
+    """The network that a recipe describes, its parameters drawn from torch's global generator.
+
+    Raises:
+        UnrolledError: it does not fit in memory.
+    """
+    refuse_what_cannot_fit(4 * num_parameters(model, vocab_size))
     return LanguageModel(
         vocab_size,
         model.embedding_size,
@@ -224,7 +281,7 @@ def create(path: Path, recipe: Recipe, changes: dict[str, Any], dataset: Dataset
     write_whole(path / "tokenizer.json", dataset.tokenizer.to_json().encode())
     heldout = {split: torch.from_numpy(np.array(dataset.ids[split])) for split in ("valid", "test")}
     write_tensors(path / "heldout.safetensors", heldout, {})
-    files = ("recipe.toml", "tokenizer.json", "heldout.safetensors")
+    files = (*ALWAYS_CHECKED, "heldout.safetensors")
     manifest = {
         "format": FORMAT,
         "status": "training",
@@ -250,9 +307,34 @@ def create(path: Path, recipe: Recipe, changes: dict[str, Any], dataset: Dataset
     write_manifest(path, manifest)
 
 
+def reopen(path: Path, recipe: Recipe, changes: dict[str, Any]) -> None:
+    """A run folder is to be trained on, perhaps with other values than before; its results no longer hold."""
+    manifest = read_manifest(path) | {"status": "training"}
+    manifest["changes"] = manifest["changes"] | changes
+    manifest.pop("results", None)
+    manifest["files"].pop("recipe.toml")  # for a moment, lest a break between two writes look like damage
+    write_manifest(path, manifest)
+    write_whole(path / "recipe.toml", recipe.to_toml().encode())
+    manifest["files"]["recipe.toml"] = sha256_of(path / "recipe.toml")
+    write_manifest(path, manifest)
+
+
+def check_files(path: Path, manifest: dict[str, Any]) -> None:
+    """Recipe and tokenizer against their hashes.
+
+    Raises:
+        UnrolledError: one is missing, damaged or changed.
+    """
+    for name in ALWAYS_CHECKED:
+        expected = manifest["files"].get(name)
+        if _hash_or_refuse(path / name) != expected and expected is not None:
+            raise UnrolledError(f"{path / name} is damaged or was changed: its SHA-256 is not the manifest's")
+
+
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """`manifest.json`, with the hash of all the rest of it as its last line."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
+    content = finite(content)
     content["sha256"] = _sha256_of_json(content)
     write_whole(path / "manifest.json", (json.dumps(content, indent=2) + "\n").encode())
 
@@ -271,12 +353,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         expected = manifest.pop("sha256")
-    except (ValueError, KeyError, AttributeError, RecursionError) as error:
+        newer = manifest["format"] > FORMAT
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UnrolledError(f"{file} is damaged") from error
-    if manifest.get("format", 0) > FORMAT:
-        raise UnrolledError(
-            f"{path} was made by a newer Unrolled ({manifest['versions']['unrolled']}); upgrade this one"
-        )
+    if newer:
+        raise UnrolledError(f"{path} was made by a newer Unrolled (format {manifest['format']}); upgrade this one")
     if _sha256_of_json(manifest) != expected:
         raise UnrolledError(f"{file} is damaged or was changed: its hash does not fit")
     return manifest
@@ -285,14 +366,28 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def append_metrics(path: Path, record: dict[str, Any]) -> None:
     """One more line of `metrics.jsonl`."""
     with (path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(json.dumps(finite(record)) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of `metrics.jsonl`; a last line that a crash cut short is left out."""
+    """The records of `metrics.jsonl`; lines that a crash cut short or damaged are left out."""
     file = path / "metrics.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    records = []
+    for line in file.read_bytes().split(b"\n") if file.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return [record for record in records if isinstance(record, dict) and "step" in record]
+
+
+def finite(value: Any) -> Any:
+    """The same with None for what JSON has no number for: infinity, NaN."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def cut_metrics(path: Path, step: int, epoch: int) -> None:

@@ -67,6 +67,16 @@ def test_a_last_line_without_its_end_is_a_line_all_the_same(write: Write) -> Non
     assert "".join(read_lines(corpus, "text")) == "one\ntwo\n"
 
 
+def test_a_line_end_of_two_characters_is_never_cut(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "_PIECE", 64)
+    monkeypatch.setattr(reading, "_LONGEST_WORD", 100)
+    for length in range(118, 132):
+        content = b"x" * length + b"\r\nabc def\n" * 9 + b"\r\n" * 150 + b"end\n"
+        corpus = open_text(str(write("mine.txt", content)))
+        assert corpus is not None
+        assert "".join(read_text(corpus, "text")) == content.decode().replace("\r\n", "\n")
+
+
 def test_one_endless_line_is_cut_between_words(write: Write) -> None:
     corpus = open_corpus(str(write("endless.txt", "word " * 100_000)))
     assert ["".join(read_text(corpus, split)).strip()[:5] for split in corpus.splits] == ["word "] * 3
@@ -236,6 +246,38 @@ def test_links_and_devices_in_a_tar_are_refused(tmp_path: Path, kind: bytes) -> 
     assert "is a link or device" in message(
         make_tar(tmp_path / "links.tgz", {"valid.txt": b"v", "test.txt": b"t"}, link)
     )
+
+
+def test_a_tar_with_an_endless_header_is_refused(tmp_path: Path) -> None:
+    long = tarfile.TarInfo("a" * (8 << 20))
+    assert "the archive is refused" in message(make_tar(tmp_path / "header.tgz", {"train.txt": b"x"}, long))
+
+
+@pytest.mark.parametrize("mode", ["gz", "bz2", "xz", ""])
+def test_a_tar_is_read_or_named_whatever_its_compression_and_damage(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / f"corpus.tar.{mode}"
+    with tarfile.open(path, f"w:{mode}") as archive:  # type: ignore[call-overload]
+        for split in ("train", "valid", "test"):
+            info = tarfile.TarInfo(f"{split}.txt")
+            content = os.urandom(3_000).hex().encode()
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    assert set(open_corpus(str(path)).splits) == {"train", "valid", "test"}
+    whole_file = path.read_bytes()
+    for place in range(100, len(whole_file), len(whole_file) // 40):
+        damaged = bytearray(whole_file)
+        damaged[place] ^= 0x55
+        path.write_bytes(damaged)
+        try:
+            open_corpus(str(path))
+        except UnrolledError as error:
+            assert "\n" not in str(error)
+
+
+def test_one_file_for_two_splits_is_refused(write: Write, tmp_path: Path) -> None:
+    write("corpus/train_test.txt", "a\n")
+    write("corpus/valid.txt", "a\n")
+    assert "train_test.txt would be both train and test" in message(tmp_path / "corpus")
 
 
 def test_links_in_a_zip_are_refused(tmp_path: Path) -> None:

@@ -136,6 +136,13 @@ def test_without_unknown_what_is_not_in_the_vocabulary_is_named(write: Write, un
         learnt(write, "a b\n", Vocabulary(unit, unknown=False)).encode("held")
 
 
+def test_bpe_without_a_single_merge_is_loaded_as_what_it_is(write: Write, tmp_path: Path) -> None:
+    tokenizer = learnt(write, "the cat\n", Vocabulary("bpe", min_count=1_000))
+    path = write("tokenizer.json", tokenizer.to_json())
+    assert Tokenizer.load(path).unit == "bpe"
+    assert Tokenizer.load(path).encode("the").tolist() == tokenizer.encode("the").tolist()
+
+
 def test_bpe_has_the_size_asked_for_and_nothing_unknown(write: Write) -> None:
     tokenizer = learnt(write, "low lower lowest " * 50 + "\n", Vocabulary("bpe", size=262))
     assert len(tokenizer) == 262
@@ -169,6 +176,16 @@ def test_a_second_start_reads_no_text(write: Write, monkeypatch: pytest.MonkeyPa
     third = find_prepared(first.key)
     assert third is not None
     assert third.tokenizer.vocabulary == first.tokenizer.vocabulary
+
+
+@pytest.mark.parametrize("name", ["train.ids", "dataset.json", "tokenizer.json"])
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff" * 7])
+def test_a_damaged_cache_is_made_again(write: Write, name: str, content: bytes) -> None:
+    corpus = open_corpus(str(write("mine.txt", TRAIN)))
+    first = prepare(corpus, Vocabulary(min_count=3))
+    ids = first.ids["train"].tolist()
+    (dataset_module.cache_folder() / "ids" / first.key / name).write_bytes(content)
+    assert prepare(corpus, Vocabulary(min_count=3)).ids["train"].tolist() == ids
 
 
 def test_other_text_or_settings_are_prepared_anew(write: Write) -> None:

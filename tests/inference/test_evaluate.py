@@ -9,6 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from unrolled import Run, UnrolledError
+from unrolled.data.batches import Windows
+from unrolled.data.dataset import prepare
+from unrolled.data.text import open_corpus
+from unrolled.data.tokens import Vocabulary
 from unrolled.inference.evaluate import evaluate_exact, evaluate_paper, unigram_perplexity
 from unrolled.nn.model import LanguageModel
 
@@ -58,10 +62,6 @@ def test_exact_is_exact_for_a_model_that_never_forgets() -> None:
 def test_exact_on_real_text_does_not_depend_on_batching(ptb: str, toy_run: Run) -> None:
     torch.manual_seed(1)
     model = LanguageModel(10_000, 20, [30], init_scale=0.3)
-    from unrolled.data.dataset import prepare
-    from unrolled.data.text import open_corpus
-    from unrolled.data.tokens import Vocabulary
-
     ids = prepare(open_corpus(ptb), Vocabulary("word", 10_000)).ids["test"]
     figures = [evaluate_exact(model, ids, *shape).nll_nats for shape in ((1, 500), (16, 50), (60, 33))]
     assert evaluate_exact(model, ids).tokens == 82_429
@@ -91,7 +91,7 @@ def test_paper_is_the_reference_codes_way(toy_run: Run, ids: np.ndarray) -> None
             targets = data[:, k * T + 1 : (k + 1) * T + 1].t()
             costs += F.cross_entropy(model.decoder(hidden).flatten(0, 1), targets.flatten()).item() * T
             steps += T
-    result = evaluate_paper(model, ids, B, T)
+    result = evaluate_paper(model, Windows(ids, B, T))
     assert result.tokens == steps * B
     assert result.perplexity == pytest.approx(math.exp(costs / steps), rel=1e-5)
 
@@ -106,6 +106,10 @@ def test_the_run_evaluates_what_it_held_out(toy_run: Run) -> None:
     paper = toy_run.evaluate("valid", "paper")
     assert paper["protocol"] == "paper"
     assert paper["perplexity"] == pytest.approx(toy_run.manifest["results"]["valid_perplexity"])
+    valid = prepare(open_corpus("toy"), Vocabulary("word", 10_000, 2)).ids["valid"]
+    counted = np.concatenate([targets.numpy().ravel() for _, targets in Windows(valid, 20, 20)])
+    assert paper["tokens"] == len(counted)
+    assert paper["characters"] == toy_run.tokenizer.characters(counted)
 
 
 @pytest.mark.parametrize(

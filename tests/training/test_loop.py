@@ -8,8 +8,8 @@ import torch
 
 import unrolled
 from unrolled import Recipe, UnrolledError
-from unrolled.run import build_model
-from unrolled.training.loop import memory_needed, pick_device
+from unrolled.run import build_model, pick_device
+from unrolled.training.loop import memory_needed
 
 
 def test_a_vocabulary_beyond_two_bytes_is_held_out_and_evaluated(
@@ -35,6 +35,6 @@ def test_the_memory_needed_counts_every_parameter(cell: str, optimizer: str, cop
 def test_a_device_is_picked_by_name() -> None:
     assert pick_device("cpu") == torch.device("cpu")
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    for name in ("abacus", "", "cuda:99"):
+    for name in ("abacus", "", "cuda:99", "meta", "cpu:7"):
         with pytest.raises(UnrolledError, match=f"no device '{name}' here"):
             pick_device(name)

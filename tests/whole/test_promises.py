@@ -192,14 +192,46 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tmp_path: Pat
         same(tmp_path / "a", tmp_path / "c")
 
 
-def test_a_rate_that_blows_up_is_said_and_the_best_weights_stay(tmp_path: Path) -> None:
-    changes = SMALL | {"training.optimizer": "sgd", "training.schedule": "decay", "training.constant_epochs": 1}
+def test_a_rate_that_blows_up_is_said_and_reaches_no_saved_weights(tmp_path: Path) -> None:
+    changes = SMALL | {"training.learning_rate": 1e38, "training.optimizer": "sgd", "training.save_every_s": 1e9}
     path = tmp_path / "run"
-    unrolled.train("demo", data="toy", out=path, changes=changes | {"training.max_epochs": 1})
-    before = (path / "model.safetensors").read_bytes()
-    with pytest.raises(unrolled.UnrolledError, match="the gradient is not finite at step 1; lower --training"):
-        unrolled.train("demo", data="toy", out=tmp_path / "bad", changes=changes | {"model.init_scale": 1e38})
-    assert (path / "model.safetensors").read_bytes() == before
+    with pytest.raises(unrolled.UnrolledError, match="the gradient is not finite at step [0-9]+; lower --training"):
+        unrolled.train("ptb-small", data="toy", out=path, changes=changes)
+    tensors, _ = read_tensors(path / "last/resume.safetensors")
+    assert all(tensor.isfinite().all() for name, tensor in tensors.items() if name.startswith("model."))
+
+
+def test_what_was_changed_on_resuming_stays_changed(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    changes = SMALL | {"training.max_epochs": 1}
+    unrolled.train("ptb-small", data="toy", out=path, changes=changes)
+    unrolled.train("ptb-small", out=path, resume=True, changes={"training.max_epochs": 3})
+    run = unrolled.train("ptb-small", out=path, resume=True)
+    assert run.recipe.training.max_epochs == 3
+    assert run.manifest["epochs"] == 3
+
+
+def test_resuming_with_other_text_or_an_edited_recipe_is_refused(tmp_path: Path) -> None:
+    path, other = tmp_path / "run", tmp_path / "other.txt"
+    first = unrolled.train("demo", data="toy", out=path, changes=SMALL)
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    other.write_text("some other text\n" * 5_000)
+    with pytest.raises(unrolled.UnrolledError, match="is not the text that"):
+        unrolled.train(None, data=str(other), out=path, resume=True, changes={"training.max_epochs": 3})
+    assert before == {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    recipe = path / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("dropout = 0.2", "dropout = 0.3"))
+    with pytest.raises(unrolled.UnrolledError, match=r"recipe\.toml is damaged or was changed"):
+        unrolled.train(None, out=path, resume=True)
+    assert first.manifest["status"] == "done"
+
+
+def test_bf16_learns_what_f32_learns(tmp_path: Path) -> None:
+    figures = []
+    for precision in ("f32", "bf16"):
+        changes = SMALL | {"training.precision": precision, "training.learning_rate": 0.02, "model.init_scale": 0.3}
+        figures.append(unrolled.train("demo", data="toy", out=tmp_path / precision, changes=changes).evaluate())
+    assert figures[1]["perplexity"] == pytest.approx(figures[0]["perplexity"], rel=0.05)
 
 
 # ------------------------------------------------------------------------------------------------ a text of one's own

@@ -4,7 +4,12 @@ Nothing is ever unpacked to the path a member names: the wanted members' bytes a
 ours. Links, devices, paths that lead outside, too many members and too many bytes are refused.
 """
 
+import bz2
+import gzip
+import lzma
+import re
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -21,12 +26,28 @@ MAX_MEMBERS = 10_000
 MAX_BYTES = 4 << 30
 """Most bytes that an archive may unpack to, all members together."""
 
-_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, OSError)
+_LONGEST_READ = 4 << 20
+_DAMAGED = (
+    *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
+    *(EOFError, OSError, RuntimeError, NotImplementedError, ValueError),
+)
 
 
 def is_archive(path: Path) -> bool:
-    """Whether the file's content is a tar (plain, gz, bz2, xz) or a zip, whatever it is called."""
-    return zipfile.is_zipfile(path) or tarfile.is_tarfile(path)
+    """Whether the file's content is a tar (plain, gz, bz2, xz) or a zip, whatever it is called.
+
+    Raises:
+        UnrolledError: it is a tar, and a bomb.
+    """
+    if zipfile.is_zipfile(path):
+        return True
+    try:
+        with _open_tar(path) as archive:
+            return archive.next() is not None
+    except UnrolledError:
+        raise
+    except _DAMAGED:
+        return False
 
 
 def extract(path: Path, choose: Callable[[list[str]], dict[str, str]], folder: Path) -> dict[str, Path]:
@@ -42,7 +63,7 @@ def extract(path: Path, choose: Callable[[list[str]], dict[str, str]], folder: P
     """
     try:
         with _members(path) as members:
-            chosen = choose(list(members))
+            chosen = choose([name for name in members if not re.search(r"(^|/)(\.|__MACOSX/)", name)])
             left = MAX_BYTES
             for target, member in chosen.items():
                 with members[member]() as source, written_whole(folder / target) as copy:
@@ -51,6 +72,8 @@ def extract(path: Path, choose: Callable[[list[str]], dict[str, str]], folder: P
                         if left < 0:
                             raise UnrolledError(f"{path.name} unpacks to more than {MAX_BYTES:,} bytes")
                         copy.write(block)
+    except UnrolledError:
+        raise
     except _DAMAGED as error:
         raise UnrolledError(f"{path.name} cannot be unpacked: {_first_line(error)}") from error
     return {target: folder / target for target in chosen}
@@ -73,12 +96,50 @@ def _members(path: Path) -> Iterator[dict[str, Callable[[], IO[bytes]]]]:
                     files[info.filename] = partial(archive.open, info)
             yield files
     else:
-        with tarfile.open(path) as archive:
+        with _open_tar(path) as archive:
             for member in archive:
                 guard.admit(member.name, member.size, member.isreg() or member.isdir())
                 if member.isreg():
                     files[member.name] = partial(_open_member, archive, member)
             yield files
+
+
+@contextmanager
+def _open_tar(path: Path) -> Iterator[tarfile.TarFile]:
+    """A tar over a stream that ends in an error where it grows too long, headers included."""
+    with path.open("rb") as file:
+        start = file.read(6)
+    opens = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
+    with (
+        opens.get(start[:2], open)(path, "rb") as stream,
+        tarfile.open(fileobj=_Bounded(stream, path.name), mode="r:") as archive,  # type: ignore[arg-type]
+    ):
+        yield archive
+
+
+class _Bounded:
+    """A stream of an archive's unpacked bytes that refuses to be a bomb.
+
+    tarfile reads a member's extended header (a long name, say) whole, before anyone has seen the member.
+    """
+
+    def __init__(self, stream: IO[bytes], archive_name: str) -> None:
+        self.stream, self.archive_name = stream, archive_name
+        self.tell = stream.tell
+
+    def read(self, size: int = -1) -> bytes:
+        self._refuse_beyond(self.tell() + max(size, 0))
+        if not 0 <= size <= _LONGEST_READ:
+            raise UnrolledError(f"{self.archive_name} has a header of {size:,} bytes; the archive is refused")
+        return self.stream.read(size)
+
+    def seek(self, position: int, whence: int = 0) -> int:
+        self._refuse_beyond(position)
+        return self.stream.seek(position, whence)
+
+    def _refuse_beyond(self, position: int) -> None:
+        if position > MAX_BYTES + _LONGEST_READ:
+            raise UnrolledError(f"{self.archive_name} unpacks to more than {MAX_BYTES:,} bytes; the archive is refused")
 
 
 def _open_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:

@@ -8,7 +8,7 @@ state from one window to the next, so stream b of window k+1 continues stream b 
     stream 1  7 8 9 10 11 12 13                    window 1  inputs 3 4 5 / 10 11 12    targets 4 5 6 / 11 12 13
 
 Ids that do not fill a whole row of streams or a whole last window are dropped, as the reference reader does
-(TensorFlow's PTB tutorial, `ptb_producer`). Exact evaluation keeps that tail: `drop_tail=False`.
+(TensorFlow's PTB tutorial, `ptb_producer`).
 """
 
 from collections.abc import Iterator
@@ -33,19 +33,18 @@ class Windows:
         ids: (N,), any integer type.
         batch_size: B, the number of parallel streams.
         num_steps: T, the length of a window.
-        drop_tail: leave out a last window shorter than T.
 
     Raises:
         UnrolledError: there are too few ids for a single window.
     """
 
-    def __init__(self, ids: np.ndarray, batch_size: int, num_steps: int, drop_tail: bool = True) -> None:
+    def __init__(self, ids: np.ndarray, batch_size: int, num_steps: int) -> None:
         length = len(ids) // batch_size
         self.streams = ids[: length * batch_size].reshape(batch_size, length)  # (B, N // B), a view
         self.num_steps = num_steps
-        self.num_windows = (length - 1) // num_steps if drop_tail else -(-(length - 1) // num_steps)
+        self.num_windows = (length - 1) // num_steps
         if self.num_windows < 1:
-            need = batch_size * ((num_steps if drop_tail else 1) + 1)
+            need = batch_size * (num_steps + 1)
             raise UnrolledError(
                 f"{len(ids):,} tokens are too few for {batch_size} streams in windows of {num_steps} steps, which take "
                 f"at least {need:,}; lower --training.batch-size or --training.num-steps, or give more text"
@@ -70,7 +69,11 @@ class Windows:
         return (self[k] for k in range(index, self.num_windows))
 
     @property
+    def targets(self) -> np.ndarray:
+        """All targets of one pass, (B, T * windows), a view."""
+        return self.streams[:, 1 : 1 + self.num_windows * self.num_steps]
+
+    @property
     def num_targets(self) -> int:
         """How many targets one pass counts."""
-        per_stream = min(self.streams.shape[1] - 1, self.num_windows * self.num_steps)
-        return per_stream * self.streams.shape[0]
+        return self.targets.size

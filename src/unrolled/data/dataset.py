@@ -1,6 +1,6 @@
 """A corpus as ids: memory-mapped, in the smallest integer type, in a cache keyed by the hash of the text.
 
-A second start reads no text, and memory does not grow with the corpus.
+A second start only hashes the text, and memory does not grow with the corpus.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from unrolled.data.reading import Corpus, read_bytes, read_lines, read_text
 from unrolled.data.text import cache_folder
 from unrolled.data.tokens import Tokenizer, Vocabulary, learn
 from unrolled.errors import UnrolledError
-from unrolled.files import write_whole
+from unrolled.files import write_whole, written_whole
 
 _FORMAT = 1
 """Raised when the ids of the same text and settings would come out otherwise than before."""
@@ -57,8 +57,10 @@ def prepare_with(corpus: Corpus, tokenizer: Tokenizer) -> Dataset:
 
 def find_prepared(key: str) -> Dataset | None:
     """The dataset of that key, if the cache still holds it; then the corpus itself is not needed."""
-    folder = cache_folder() / "ids" / key
-    return _open(folder) if (folder / "dataset.json").is_file() else None
+    try:
+        return _open(cache_folder() / "ids" / key)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # not there, or damaged
+        return None
 
 
 def _cached(corpus: Corpus, settings: dict[str, Any], make: Callable[[Path], Tokenizer]) -> Dataset:
@@ -78,9 +80,10 @@ def _cached(corpus: Corpus, settings: dict[str, Any], make: Callable[[Path], Tok
         write_whole(work / "dataset.json", json.dumps(about).encode())
         try:
             work.rename(folder)
-        except OSError:  # another process was first
-            if not (folder / "dataset.json").is_file():
-                raise
+        except OSError:  # there is a damaged one, or another process was first
+            if find_prepared(key) is None:
+                shutil.rmtree(folder)
+                work.rename(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return _open(folder, tokenizer)
@@ -90,16 +93,16 @@ def _open(folder: Path, tokenizer: Tokenizer | None = None) -> Dataset:
     about = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
     tokenizer = tokenizer or Tokenizer.load(folder / "tokenizer.json")
     splits = {split: SplitInfo(**info) for split, info in about["splits"].items()}
-    ids: dict[str, np.ndarray] = {
-        split: np.memmap(folder / f"{split}.ids", tokenizer.dtype, mode="r") for split in splits
-    }
+    ids: dict[str, np.ndarray] = {s: np.memmap(folder / f"{s}.ids", tokenizer.dtype, mode="r") for s in splits}
+    if any(len(ids[split]) != info.tokens for split, info in splits.items()):
+        raise ValueError(f"{folder} is damaged")
     return Dataset(about["name"], about["note"], folder.name, tokenizer, ids, splits)
 
 
 def _write_ids(corpus: Corpus, split: str, tokenizer: Tokenizer, folder: Path) -> SplitInfo:
     path = folder / f"{split}.ids"
     if not path.exists():
-        with path.open("wb") as file:
+        with written_whole(path) as file:
             for ids in encode_split(corpus, split, tokenizer):
                 file.write(ids.tobytes())
     tokens = unknown = 0

@@ -17,8 +17,9 @@ _LONGEST_WORD = 1 << 20
 
 @dataclass(frozen=True)
 class Split:
-    """The bytes `start` to `stop` of a file, and their SHA-256."""
+    """The bytes `start` to `stop` of a file, their SHA-256, and what the user calls the file."""
 
+    name: str
     path: Path
     start: int
     stop: int
@@ -53,7 +54,7 @@ def read_text(corpus: Corpus, split: str) -> Iterator[str]:
         if end == 0 and len(piece) > _LONGEST_WORD:
             end = _whole_characters(piece)
         piece, held = piece[:end], piece[end:]
-        yield _decoded(corpus.name, part, piece, start)
+        yield _decoded(corpus, part, piece, start)
 
 
 def read_lines(corpus: Corpus, split: str) -> Iterator[str]:
@@ -99,20 +100,20 @@ def _whole_characters(piece: bytes) -> int:
     end = len(piece) - 1
     while end > len(piece) - 4 and piece[end] & 0xC0 == 0x80:
         end -= 1
-    return end
+    return end - 1 if piece[end - 1 : end + 1] == b"\r\n" else end
 
 
-def _decoded(name: str, part: Split, piece: bytes, start: int) -> str:
+def _decoded(corpus: Corpus, part: Split, piece: bytes, start: int) -> str:
     try:
         text = piece.decode()
         nul = piece.find(b"\0")
         if nul >= 0:
+            utf16 = "pass --encoding utf-16 if it is that, or " if corpus.encoding == "utf-8" else "pass "
             raise UnrolledError(
-                f"{_place(name, part.path, start + nul)}: a NUL, so this is no plain text; "
-                "pass --encoding utf-16 if it is that, or --data.tokens byte"
+                f"{_place(part, start + nul)}: a NUL, so this is no plain text; {utf16}--data.tokens byte"
             )
     except UnicodeDecodeError as error:
-        place = _place(name, part.path, start + error.start)
+        place = _place(part, start + error.start)
         byte = piece[error.start]
         raise UnrolledError(f"{place}: not UTF-8 (0x{byte:02x}); convert the file or pass --encoding") from error
     if "\r" in text:
@@ -120,15 +121,14 @@ def _decoded(name: str, part: Split, piece: bytes, start: int) -> str:
     return text
 
 
-def _place(name: str, path: Path, position: int) -> str:
+def _place(part: Split, position: int) -> str:
     """Where a byte lies, as a person counts: line and byte from 1."""
     line, line_start = 1, 0
-    with path.open("rb") as file:
+    with part.path.open("rb") as file:
         offset = 0
         while block := file.read(min(1 << 20, position - offset)):
             line += block.count(b"\n")
             if b"\n" in block:
                 line_start = offset + block.rindex(b"\n") + 1
             offset += len(block)
-    file_name = name if path.name in ("text.txt",) or path.name.startswith("stdin-") else path.name
-    return f"{file_name}, line {line}, byte {position - line_start + 1}"
+    return f"{part.name}, line {line}, byte {position - line_start + 1}"

@@ -10,8 +10,8 @@ import re
 import sys
 import zlib
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
-from typing import IO
 
 from unrolled.data import archives, embedded
 from unrolled.data.reading import Corpus, Split
@@ -98,13 +98,16 @@ def open_corpus(name: str, encoding: str | None = "utf-8", fetch_missing: bool =
         if source is None:
             raise UnrolledError(f"{name} is not on this machine; unrolled data fetch {name}")
         return _known(name, source)
-    path = _spool(sys.stdin.buffer) if name == "-" else Path(name)
+    path = _spool() if name == "-" else Path(name)
     if not path.exists():
         hint = did_you_mean(name, KNOWN) or "; give a file, a folder, an archive, - or one of " + ", ".join(KNOWN)
         raise UnrolledError(f"no corpus or file {name!r}{hint}")
     title = "standard input" if name == "-" else path.name
     if path.is_dir():
-        return Corpus(title, _files(title, _named_splits(title, _listing(path))), encoding=encoding)
+        files = {split: Path(name) for split, name in _named_splits(title, _listing(path)).items()}
+        names = {split: file.name for split, file in files.items()}
+        recoded = {split: _recoded(file, encoding) for split, file in files.items()}
+        return Corpus(title, _files(title, recoded, names), encoding=encoding)
     _refuse_other_kinds(path)
     if archives.is_archive(path):
         return _archive(path, encoding)
@@ -113,11 +116,11 @@ def open_corpus(name: str, encoding: str | None = "utf-8", fetch_missing: bool =
 
 def open_text(name: str, encoding: str | None = "utf-8") -> Corpus | None:
     """A single plain file as one split, `text`, whole; None where `name` is anything else."""
-    path = _spool(sys.stdin.buffer) if name == "-" else Path(name)
+    path = _spool() if name == "-" else Path(name)
     if name in KNOWN or not path.is_file() or archives.is_archive(path):
         return None
     title = "standard input" if name == "-" else path.name
-    return Corpus(title, _files(title, {"text": _recoded(path, encoding)}), encoding=encoding)
+    return Corpus(title, _files(title, {"text": _recoded(path, encoding)}, {"text": title}), encoding=encoding)
 
 
 def text_is_there(name: str) -> bool:
@@ -130,13 +133,14 @@ def find(name: str) -> Path | None:
     known = KNOWN[name]
     folders = [Path(folder) for folder in (os.environ.get("UNROLLED_DATA"),) if folder]
     for folder in [*folders, cache_folder() / "corpora" / name]:
-        for candidate in (known.archive, *known.members):
-            if candidate and (folder / candidate).is_file():
-                return folder / candidate if candidate == known.archive else folder
+        if known.archive and (folder / known.archive).is_file():
+            return folder / known.archive
+        if known.members and all((folder / member).is_file() for member in known.members):
+            return folder
         if name == "ptb" and (folder / "simple-examples/data/ptb.train.txt").is_file():
             return folder / "simple-examples/data"
-        if name == "text8" and (prefixes := sorted(folder.glob("text8*.zip"))):
-            return prefixes[-1]
+        if name == "text8" and (prefixes := list(folder.glob("text8*.zip"))):
+            return max(prefixes, key=lambda path: path.stat().st_size)
     return None
 
 
@@ -154,7 +158,8 @@ def fetch(name: str) -> Path:
     folder = cache_folder() / "corpora" / name
     pooch.get_logger().setLevel("ERROR")
     try:
-        path = Path(pooch.retrieve(known.url, known_hash=None, path=folder, fname=known.archive))
+        fresh = f"incoming-{os.getpid()}"
+        path = Path(pooch.retrieve(known.url, known_hash=None, path=folder, fname=fresh))
     except (OSError, ValueError) as error:
         reason = type(error).__name__
         raise UnrolledError(
@@ -166,7 +171,7 @@ def fetch(name: str) -> Path:
     except UnrolledError:
         path.unlink()
         raise
-    return path
+    return path.replace(folder / known.archive)
 
 
 def import_corpus(name: str, path: Path) -> Corpus:
@@ -180,16 +185,21 @@ def import_corpus(name: str, path: Path) -> Corpus:
         raise UnrolledError(f"{name} is embedded and needs no import")
     if not path.exists():
         raise UnrolledError(f"no file {str(path)!r}")
+    if not path.is_dir():
+        _refuse_other_kinds(path)
     corpus = _known(name, path)
     folder = cache_folder() / "corpora" / name
     if path.is_dir():
         copies = {split.path: folder / split.path.name for split in corpus.splits.values()}
     else:
         copies = {path: folder / (known.archive if archives.is_archive(path) else known.members[0])}
+    others = {folder / entry for entry in (known.archive, *known.members)} - set(copies.values())
     for source, copy in copies.items():
         with source.open("rb") as file, written_whole(copy) as target:
             while block := file.read(1 << 20):
                 target.write(block)
+    for other in others:  # what was imported before in another shape
+        other.unlink(missing_ok=True)
     return corpus
 
 
@@ -275,8 +285,9 @@ def _archive(path: Path, encoding: str | None) -> Corpus:
     copies = archives.extract(path, choose, cache_folder() / "texts" / sha256_of(path))
     if "text.txt" in copies:
         return _one_file(path.name, copies["text.txt"], encoding)
-    paths = {target.removesuffix(".txt"): _recoded(copy, encoding) for target, copy in copies.items()}
-    return Corpus(path.name, _files(path.name, paths), encoding=encoding)
+    paths = {split: _recoded(copies[f"{split}.txt"], encoding) for split in SPLITS}
+    names = {split: Path(chosen[f"{split}.txt"]).name for split in SPLITS}
+    return Corpus(path.name, _files(path.name, paths, names), encoding=encoding)
 
 
 def _listing(folder: Path) -> list[str]:
@@ -297,6 +308,9 @@ def _named_splits(title: str, names: list[str]) -> dict[str, str]:
             both = " and ".join(Path(name).name for name in matches[:2])
             raise UnrolledError(f"{title} holds more than one file for {split}: {both}")
         splits[split] = matches[0]
+    for split, other in combinations(SPLITS, 2):
+        if splits[split] == splits[other]:
+            raise UnrolledError(f"{title}: {Path(splits[split]).name} would be both {split} and {other}")
     return splits
 
 
@@ -327,16 +341,19 @@ def _cut(path: Path, position: int, encoding: str | None) -> int:
 
 def _ranges(title: str, path: Path, cuts: list[int]) -> dict[str, Split]:
     ranges = zip(SPLITS, cuts, cuts[1:], strict=False)
-    return {split: Split(path, start, stop, _sha256_of_range(path, start, stop)) for split, start, stop in ranges}
+    return {
+        split: Split(title, path, start, stop, _sha256_of_range(path, start, stop)) for split, start, stop in ranges
+    }
 
 
-def _files(title: str, paths: dict[str, Path] | dict[str, str]) -> dict[str, Split]:
+def _files(title: str, paths: dict[str, Path], names: dict[str, str] | None = None) -> dict[str, Split]:
+    """Whole files as splits; `names` are the user's for them, where ours are others."""
     splits = {}
     for split, path in paths.items():
-        size = Path(path).stat().st_size
+        name, size = names[split] if names else path.name, path.stat().st_size
         if size == 0:
-            raise UnrolledError(f"{title}: {Path(path).name} is empty")
-        splits[split] = Split(Path(path), 0, size, sha256_of(Path(path)))
+            raise UnrolledError(f"{name} is empty" if name == title else f"{title}: {name} is empty")
+        splits[split] = Split(name, path, 0, size, sha256_of(path))
     return splits
 
 
@@ -349,8 +366,11 @@ def _sha256_of_range(path: Path, start: int, stop: int) -> str:
     return digest.hexdigest()
 
 
-def _spool(stream: IO[bytes]) -> Path:
+def _spool() -> Path:
     """Standard input as a file in the cache, named by its hash."""
+    if sys.stdin is None:
+        raise UnrolledError("standard input is closed")
+    stream = sys.stdin.buffer
     digest = hashlib.sha256()
     incoming = cache_folder() / "texts" / f"incoming-{os.getpid()}"
     with written_whole(incoming) as file:
@@ -371,13 +391,18 @@ def _refuse_other_kinds(path: Path) -> None:
         raise UnrolledError(f"{path.name} is compressed; gunzip -c {path.name} | unrolled train --data -")
 
 
+def _reason(error: UnicodeError) -> str:
+    return error.reason if isinstance(error, UnicodeDecodeError | UnicodeEncodeError) else str(error)
+
+
 def _recoded(path: Path, encoding: str | None) -> Path:
     """`path`, or where it is not UTF-8 by the user's word, a UTF-8 copy in the cache."""
     if encoding is None:
         return path
     try:
         codec = codecs.lookup(encoding)
-    except LookupError as error:
+        "".encode(encoding)  # refuses codecs that are not of text, such as hex
+    except (LookupError, ValueError) as error:
         raise UnrolledError(f"no encoding named {encoding!r}; try utf-8, utf-16, latin-1, cp1252") from error
     if codec.name == "utf-8":
         return path
@@ -390,5 +415,6 @@ def _recoded(path: Path, encoding: str | None) -> Path:
                     target.write(decoder.decode(block).encode())
                 target.write(decoder.decode(b"", final=True).encode())
             except UnicodeError as error:
-                raise UnrolledError(f"{path.name} is not {encoding}: {error}") from error
+                before = f"before byte {file.tell():,}"
+                raise UnrolledError(f"{path.name} is not {encoding}, {before}: {_reason(error)}") from error
     return copy

@@ -26,6 +26,7 @@ from tokenizers import Tokenizer as Backend
 
 from unrolled.data.reading import Corpus, read_lines, read_text
 from unrolled.errors import UnrolledError
+from unrolled.files import written_whole
 
 Unit = Literal["word", "character", "byte", "bpe"]
 UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
@@ -84,7 +85,10 @@ class Tokenizer:
         Raises:
             UnrolledError: something is not in the vocabulary, and there is no `<unk>`.
         """
-        return self._encode(text)
+        try:
+            return self._encode(text)
+        except UnicodeEncodeError as error:
+            raise UnrolledError(f"not UTF-8: {text!r}") from error
 
     def _encode_words(self, text: str) -> np.ndarray:
         words = _words(text)
@@ -183,21 +187,24 @@ class _Memo:
     _WORDS = re.compile(
         "[{0}]*[^{0}]+|[{0}]+".format("\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000")
     )
-    _MOST = 1 << 20
+    _MOST = 1 << 24
+    """Characters of all words remembered."""
 
     def __init__(self, backend: Backend, dtype: np.dtype) -> None:
         self.backend, self.dtype = backend, dtype
         self.numbering = _Numbering()
+        self.characters = 0
         self.ids, self.ends = np.zeros(0, dtype), np.zeros(1, np.int64)
 
     def __call__(self, text: str) -> np.ndarray:
-        if len(self.numbering) > self._MOST:
+        if self.characters > self._MOST:
             self.__init__(self.backend, self.dtype)
         words = self._WORDS.findall(text)
         known = len(self.numbering)
         numbers = np.fromiter(map(self.numbering.__getitem__, words), np.int64, len(words))
-        fresh = self.backend.encode_batch_fast(list(itertools.islice(self.numbering, known, None)))
-        ids = [encoding.ids for encoding in fresh]
+        fresh = list(itertools.islice(self.numbering, known, None))
+        self.characters += sum(map(len, fresh))
+        ids = [encoding.ids for encoding in self.backend.encode_batch_fast(fresh)]
         self.ids = np.concatenate([self.ids, np.fromiter(itertools.chain.from_iterable(ids), self.dtype)])
         ends = self.ends[-1] + np.cumsum([len(word) for word in ids], dtype=np.int64)
         self.ends = np.concatenate([self.ends, ends])
@@ -250,7 +257,7 @@ def learn(corpus: Corpus, vocabulary: Vocabulary, folder: Path) -> Tokenizer:
 def _learn_words(corpus: Corpus, vocabulary: Vocabulary, folder: Path) -> Tokenizer:
     """Looks every word up once: numbered as they first appear, counted, ranked; then the numbers become ids."""
     numbering, counts = _Numbering(), np.zeros(0, np.int64)
-    with tempfile.TemporaryFile(dir=folder) as numbered, (folder / "train.ids").open("wb") as file:
+    with tempfile.TemporaryFile(dir=folder) as numbered, written_whole(folder / "train.ids") as file:
         for piece in read_lines(corpus, "train"):
             words = _words(piece)
             numbers = np.fromiter(map(numbering.__getitem__, words), np.uint32, len(words))
@@ -379,5 +386,5 @@ def _unit_of(content: str) -> Unit:
     if model["type"] == "WordLevel":
         return "word" if description["pre_tokenizer"]["type"] == "WhitespaceSplit" else "character"
     if model["type"] == "BPE":
-        return "bpe" if model["merges"] else "byte"
+        return "byte" if description["pre_tokenizer"]["type"] == "ByteLevel" else "bpe"
     raise UnrolledError(f"a tokenizer of type {model['type']}")

@@ -33,23 +33,21 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
+        """e to the mean nats per token."""
         return perplexity(self.nll_nats, self.tokens)
 
     @property
     def bits_per_token(self) -> float:
+        """Mean bits per token."""
         return bits_per(self.nll_nats, self.tokens)
 
 
 @torch.inference_mode()
-def evaluate_paper(model: LanguageModel, ids: np.ndarray, batch_size: int, num_steps: int) -> Evaluation:
-    """`batch_size` streams of `ids` (N,) in windows of `num_steps`, state zero at the start, the tail dropped.
-
-    Raises:
-        UnrolledError: there are too few ids for one window.
-    """
+def evaluate_paper(model: LanguageModel, windows: Windows) -> Evaluation:
+    """The targets of `windows`, the state zero at the start and carried from one to the next; their tail is dropped."""
     model.eval()
-    state, nll_nats, tokens = model.initial_state(batch_size), 0.0, 0
-    for inputs, targets in Windows(ids, batch_size, num_steps):
+    state, nll_nats, tokens = model.initial_state(len(windows.streams)), 0.0, 0
+    for inputs, targets in windows:
         logits, state = model(inputs.to(model.device), state)
         nll, count = loss(logits, targets.to(model.device))
         nll_nats += nll.item()

@@ -98,6 +98,10 @@ def generate(
         raise UnrolledError(f"--top-k must be at least 0, not {top_k}")
     if not 0 < top_p <= 1:
         raise UnrolledError(f"--top-p must be more than 0 and at most 1, not {top_p}")
+    if seed is not None and not 0 <= seed < 1 << 63:
+        raise UnrolledError(f"--seed must be at least 0 and below 2 to the 63rd, not {seed}")
+    if not unknown and tokenizer.unknown_id is not None and len(tokenizer) == 1:
+        raise UnrolledError("nothing can be drawn: the vocabulary holds <unk> alone")
     log_probs, state = read_prefix(model, tokenizer, prompt)
     return _drawn(model, tokenizer, prompt, log_probs, state, length, temperature, top_k, top_p, seed, unknown)
 
@@ -142,7 +146,7 @@ def draw(log_probs: Tensor, source: torch.Generator, temperature: float, top_k: 
     """
     if temperature == 0:
         return int(log_probs.argmax())
-    values, ids = (log_probs.double() / temperature).sort(descending=True, stable=True)
+    values, ids = ((log_probs.double() - log_probs.max()) / temperature).sort(descending=True, stable=True)
     if top_k:
         values, ids = values[:top_k], ids[:top_k]
     probabilities = values.softmax(-1)

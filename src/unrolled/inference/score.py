@@ -24,10 +24,12 @@ class Score:
 
     @property
     def log_prob(self) -> float:
+        """The sum over all tokens, in nats."""
         return math.fsum(log_prob for _, log_prob in self.per_token)
 
     @property
     def tokens(self) -> int:
+        """How many tokens were scored."""
         return len(self.per_token)
 
     @property
@@ -37,22 +39,23 @@ class Score:
 
 
 @torch.inference_mode()
-def score(model: LanguageModel, tokenizer: Tokenizer, text: str, line_end: bool = True) -> Score:
+def score(model: LanguageModel, tokenizer: Tokenizer, text: str) -> Score:
     """Scores a text that begins a line, from the zero state.
+
+    The end of the line counts as one more token, so that the probabilities of all lines sum to one, except where the
+    model knows no line ends.
 
     Args:
         model: in evaluation mode.
         tokenizer: the model's.
         text: one line, or several.
-        line_end: count the end of the line as one more token, so that the probabilities of all lines sum to one; left
-            out where the model knows no line end.
 
     Raises:
         UnrolledError: something is not in the vocabulary, and the model has no `<unk>`.
     """
     ids = tokenizer.encode(text).astype(np.int64)
     ends_lines = tokenizer.token(tokenizer.start_id) in ("\n", "<eos>")
-    end = [tokenizer.start_id] if line_end and ends_lines and not text.endswith("\n") else []
+    end = [tokenizer.start_id] if ends_lines and not text.endswith("\n") else []
     ids = np.concatenate([[tokenizer.start_id], ids, end]).astype(np.int64)
     inputs = torch.from_numpy(ids).unsqueeze(1).to(model.device)  # (T + 1, 1)
     state, log_probs = model.initial_state(1), []

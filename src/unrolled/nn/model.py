@@ -63,6 +63,7 @@ class LanguageModel(nn.Module):
 
     @property
     def vocab_size(self) -> int:
+        """V, the number of distinct ids."""
         return self.embedding.num_embeddings
 
     @property
@@ -90,4 +91,5 @@ class LanguageModel(nn.Module):
         return self.decoder(outputs), states
 
     def num_parameters(self) -> int:
+        """How many numbers are learnt."""
         return sum(parameter.numel() for parameter in self.parameters())

@@ -1,12 +1,10 @@
 """Stateful truncated back-propagation through time, plain code; the update is in `run_epoch`."""
 
 import math
-import os
 import signal
 import threading
 import time
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -17,12 +15,10 @@ import torch
 from unrolled import run as folder
 from unrolled.data.batches import Windows
 from unrolled.data.dataset import Dataset, find_prepared, prepare
-from unrolled.data.text import open_corpus, text_is_there
+from unrolled.data.text import KNOWN, open_corpus, text_is_there
 from unrolled.data.tokens import Vocabulary
 from unrolled.errors import UnrolledError
-from unrolled.files import sha256_of, write_whole
 from unrolled.inference.evaluate import Evaluation, evaluate_exact, evaluate_paper, unigram_perplexity
-from unrolled.nn.cells import CELLS
 from unrolled.nn.loss import loss, perplexity
 from unrolled.nn.model import LanguageModel
 from unrolled.nn.unroll import LayerStates, detach
@@ -114,17 +110,18 @@ def train(
         path = Path(out) if out is not None else folder.next_folder(recipe.name)
         folder.refuse_taken(path)
     training = recipe.training
-    device = pick_device(training.device)
-    dataset = _resumed_dataset(path, recipe) if resume else _dataset(recipe, progress)
+    device = folder.pick_device(training.device)
+    dataset = _resumed_dataset(path, recipe, changes) if resume else _dataset(recipe, progress)
     windows = Windows(dataset.ids["train"], training.batch_size, training.num_steps)
 
-    refuse_what_cannot_fit(recipe, len(dataset.tokenizer))
+    folder.refuse_what_cannot_fit(memory_needed(recipe, len(dataset.tokenizer)))
     torch.manual_seed(training.seed)
     model = folder.build_model(recipe.model, len(dataset.tokenizer)).to(device)
     optimizer = make_optimizer(model.parameters(), training)
     position, states = Position(), model.initial_state(training.batch_size)
     if resume:
         position, states = load_point(path, model, optimizer)
+        folder.reopen(path, recipe, changes)
         folder.cut_metrics(path, position.step, position.epoch)
         progress(_note(f"going on with {path} at epoch {position.epoch}, step {position.step}"))
     else:
@@ -193,6 +190,7 @@ def _train_epochs(
             states = run_epoch(model, optimizer, windows, states, training, position, after_step)
         if stop.requested:
             break
+        tokens_per_second = clock.tokens_per_second()
         valid = validate(model, dataset.ids["valid"], training)
         best = position.best_valid_perplexity
         if best is None or valid.perplexity < best:
@@ -206,14 +204,14 @@ def _train_epochs(
             "valid_perplexity": valid.perplexity,
             "valid_protocol": valid.protocol,
             "learning_rate": learning_rate(training, position.epoch, position.step - 1, steps_in_all),
-            "tokens_per_second": clock.tokens_per_second(),
+            "tokens_per_second": tokens_per_second,
             "elapsed_s": position.elapsed_s,
         }
         folder.append_metrics(path, record)
-        progress({"event": "epoch", "best": position.best_valid_perplexity == valid.perplexity, **record})
         position.epoch, position.window, position.nll_nats, position.tokens = position.epoch + 1, 0, 0.0, 0
         states = model.initial_state(training.batch_size)
         save_point(path, position, model, optimizer, states)
+        progress({"event": "epoch", "best": position.best_valid_perplexity == valid.perplexity, **record})
     if not (path / "model.safetensors").exists():  # broken off in its first epoch
         folder.write_tensors(path / "model.safetensors", model.state_dict(), {"epoch": "0"})
 
@@ -221,18 +219,19 @@ def _train_epochs(
 def validate(model: LanguageModel, ids: np.ndarray, training: Training) -> Evaluation:
     """By the paper protocol, or where the text is too short for its windows, exactly."""
     if len(ids) // training.batch_size > training.num_steps:
-        return evaluate_paper(model, ids, training.batch_size, training.num_steps)
+        return evaluate_paper(model, Windows(ids, training.batch_size, training.num_steps))
     return evaluate_exact(model, ids)
 
 
 def _results(run: folder.Run, dataset: Dataset) -> dict[str, Any]:
     """What the best weights make of valid and test, and what needs no model at all."""
     metrics = [record for record in folder.read_metrics(run.path) if "valid_perplexity" in record]
-    best = min(metrics, key=lambda record: record["valid_perplexity"])
+    if not metrics:
+        raise UnrolledError(f"{run.path / 'metrics.jsonl'} has lost its epochs; the weights are whole")
+    best = min(metrics, key=lambda record: record["valid_perplexity"] or math.inf)
     return {
         "best_epoch": best["epoch"],
         "train_perplexity": best["train_perplexity"],
-        "last_train_perplexity": metrics[-1]["train_perplexity"],
         "valid_perplexity": best["valid_perplexity"],
         "valid_protocol": best["valid_protocol"],
         "valid": run.evaluate("valid"),
@@ -267,7 +266,11 @@ def _dataset(recipe: Recipe, progress: Progress) -> Dataset:
 
 def _located(data: str) -> str:
     """A path that holds from any folder; a name as it is."""
-    return str(Path(data).resolve()) if data != "-" and Path(data).exists() else data
+    try:
+        data.encode()
+    except UnicodeEncodeError as error:
+        raise UnrolledError(f"the name {data!r} is not UTF-8; rename the file") from error
+    return str(Path(data).resolve()) if data != "-" and data not in KNOWN and Path(data).exists() else data
 
 
 def _resumed(
@@ -279,26 +282,22 @@ def _resumed(
     if path is None or not resume_file(path).is_file():
         raise UnrolledError(f"{path or 'runs'} holds nothing to resume; pass the run folder with --out")
     manifest = folder.read_manifest(path)
+    folder.check_files(path, manifest)
     saved = load_recipe(path / "recipe.toml")
     wanted = (asked.changed(manifest["changes"]) if asked else saved).changed(changes)
     different = [name for name in wanted.differences(saved) if name not in MAY_CHANGE]
     if different:
         raise UnrolledError(f"{path} was begun with other values of {', '.join(different)}; resume without them")
-    if wanted != saved:
-        hashes = manifest["files"]  # without its hash for a moment, lest a break between two writes look like damage
-        hashes.pop("recipe.toml")
-        folder.write_manifest(path, manifest)
-        write_whole(path / "recipe.toml", wanted.to_toml().encode())
-        folder.write_manifest(path, manifest | {"files": hashes | {"recipe.toml": sha256_of(path / "recipe.toml")}})
     return wanted, path
 
 
-def _resumed_dataset(path: Path, recipe: Recipe) -> Dataset:
-    """The very ids that the training began with."""
+def _resumed_dataset(path: Path, recipe: Recipe, changes: dict[str, Any]) -> Dataset:
+    """The very ids that the training began with: from the cache, or made again, from where the user says."""
     corpus = folder.read_manifest(path)["corpus"]
-    if (dataset := find_prepared(corpus["prepared"])) is not None:
+    moved = "data.corpus" in changes
+    if not moved and (dataset := find_prepared(corpus["prepared"])) is not None:
         return dataset
-    if not text_is_there(recipe.data.corpus):
+    if not moved and not text_is_there(recipe.data.corpus):
         raise UnrolledError(f"the text of {path}, {recipe.data.corpus!r}, is no longer here; pass it with --data")
     dataset = _dataset(recipe, lambda event: None)
     if dataset.key != corpus["prepared"]:
@@ -308,43 +307,10 @@ def _resumed_dataset(path: Path, recipe: Recipe) -> Dataset:
 
 def memory_needed(recipe: Recipe, vocab_size: int) -> int:
     """Bytes that a training takes at least: weights, gradients, the optimiser's tensors, a window's logits twice."""
-    model, training = recipe.model, recipe.training
-    sizes = [model.embedding_size, *model.hidden_sizes]
-    layers = sum(CELLS[model.cell].gates * h * (e + h + 1) for e, h in pairwise(sizes))
-    parameters = vocab_size * (model.embedding_size + sizes[-1] + 1) + layers
+    training = recipe.training
     copies = 4 if training.optimizer == "adamw" else 2
-    return 4 * (copies * parameters + 2 * training.num_steps * training.batch_size * vocab_size)
-
-
-def refuse_what_cannot_fit(recipe: Recipe, vocab_size: int) -> None:
-    """Before any of it is allocated.
-
-    Raises:
-        UnrolledError: the machine has less memory than the training takes at least.
-    """
-    needed = memory_needed(recipe, vocab_size)
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
-    if needed > there:
-        raise UnrolledError(
-            f"this takes {needed / 2**30:,.1f} GiB of memory or more, and the machine has {there / 2**30:,.1f}; lower "
-            "--model.hidden-sizes, --model.embedding-size, --data.vocab-size or --training.batch-size"
-        )
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is a GPU where there is one.
-
-    Raises:
-        UnrolledError: this PyTorch has no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UnrolledError(f"no device {name!r} here; --device cpu, or auto to take what there is") from error
-    return device
+    logits = training.num_steps * training.batch_size * vocab_size
+    return 4 * (copies * folder.num_parameters(recipe.model, vocab_size) + 2 * logits)
 
 
 def _note(text: str) -> dict[str, Any]:

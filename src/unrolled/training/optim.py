@@ -16,21 +16,21 @@ def make_optimizer(parameters: Iterable[nn.Parameter], training: Training) -> to
     return torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
 
 
-def learning_rate(training: Training, epoch: int, step: int, num_steps_in_all: int) -> float:
+def learning_rate(training: Training, epoch: int, step: int, total_steps: int) -> float:
     """The rate of one step.
 
     Args:
         training: the recipe's section.
         epoch: from 1.
         step: from 0, counted over all epochs.
-        num_steps_in_all: of the whole training, where the cosine reaches 0.
+        total_steps: of the whole training, where the cosine reaches 0.
     """
     if training.schedule == "decay":
         return training.learning_rate * training.decay ** max(epoch - training.constant_epochs, 0)
-    warmup = min(training.warmup_steps, num_steps_in_all // 10)
+    warmup = min(training.warmup_steps, total_steps // 10)
     if step < warmup:
         return training.learning_rate * (step + 1) / warmup
-    after = (step - warmup) / max(num_steps_in_all - warmup, 1)
+    after = (step - warmup) / max(total_steps - warmup, 1)
     return training.learning_rate * 0.5 * (1 + math.cos(math.pi * min(after, 1.0)))
 
 

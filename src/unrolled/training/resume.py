@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from unrolled.errors import UnrolledError
 from unrolled.nn.model import LanguageModel
 from unrolled.nn.unroll import LayerStates
 from unrolled.run import read_tensors, write_tensors
@@ -53,9 +54,21 @@ def load_point(run: Path, model: LanguageModel, optimizer: torch.optim.Optimizer
     """Puts model, optimiser and random states back; returns the position and the recurrent state.
 
     Raises:
-        UnrolledError: the resume point is missing or damaged.
+        UnrolledError: the resume point is missing, damaged or of another run.
     """
     tensors, metadata = read_tensors(resume_file(run))
+    try:
+        return _put_back(tensors, metadata, model, optimizer)
+    except (RuntimeError, LookupError, TypeError, ValueError) as error:
+        raise UnrolledError(f"{resume_file(run)} does not fit the recipe of its run") from error
+
+
+def _put_back(
+    tensors: dict[str, torch.Tensor],
+    metadata: dict[str, str],
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+) -> tuple[Position, LayerStates]:
     model.load_state_dict(_under("model.", tensors))
     slots: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in _under("optimizer.", tensors).items():

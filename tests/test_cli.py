@@ -204,7 +204,7 @@ def mistake(command: Command, *arguments: object, stdin: Path | None = None) -> 
         ),
         (["train", "--data", "toy", "--quiet", "--model.hidden-sizes", "9999999"], "lower --model.hidden-sizes"),
         (["train", "--encoding", "rot13", "--data", __file__], "no encoding named 'rot13'"),
-        (["train", "--data", "toy", "--training.batch-size", "999999999"], "tokens are too few"),
+        (["train", "--data", "toy", "--quiet", "--training.batch-size", "999999999"], "tokens are too few"),
         (["train", "--data", "toy", "--model.init-scale", "1e39"], "--model.init-scale must be at most"),
         (["train", "--data", "toy", "--device", "meta"], "no device 'meta' here"),
         (["train", "--resume", "--out", "nowhere"], "nowhere holds nothing to resume"),

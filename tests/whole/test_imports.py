@@ -71,17 +71,8 @@ def test_every_module_has_its_place_in_the_order() -> None:
 
 
 ON_DISK = {"data/archives", "data/dataset", "data/reading", "data/text", "data/tokens", "files", "recipe", "run", "cli"}
-DISK_CALLS = {
-    "open",
-    "read_text",
-    "read_bytes",
-    "write_text",
-    "write_bytes",
-    "unlink",
-    "mkdir",
-    "rename",
-    "replace_file",
-}
+WRITERS = ("write_text", "write_bytes", "write_whole", "written_whole", "unlink", "mkdir", "rename")
+DISK_CALLS = {"open", "read_text", "read_bytes", "memmap", *WRITERS}
 
 
 @pytest.mark.parametrize("module", MODULES)

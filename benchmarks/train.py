@@ -18,8 +18,9 @@ from unrolled.data.batches import Windows
 from unrolled.data.dataset import prepare
 from unrolled.data.text import find, open_corpus
 from unrolled.data.tokens import Vocabulary
+from unrolled.folder import hardware
 from unrolled.recipe import load_recipe
-from unrolled.run import build_model, hardware
+from unrolled.run import build_model
 from unrolled.training.loop import run_epoch
 from unrolled.training.optim import make_optimizer
 from unrolled.training.resume import Position

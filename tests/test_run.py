@@ -12,7 +12,7 @@ import torch
 
 import unrolled
 from unrolled import Run, UnrolledError
-from unrolled import run as run_module
+from unrolled import folder as folder_module
 from unrolled.files import write_whole
 
 
@@ -109,7 +109,7 @@ def test_a_resume_point_of_another_run_is_refused(copy: Path, character_run: Run
 
 def test_a_newer_format_says_so(copy: Path) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
-    run_module.write_manifest(copy, manifest | {"format": 99})
+    folder_module.write_manifest(copy, manifest | {"format": 99})
     with pytest.raises(UnrolledError, match="made by a newer Unrolled"):
         unrolled.load(copy)
 
@@ -136,9 +136,9 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
 
 def test_folders_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_module.latest_folder("demo") is None
-    assert run_module.next_folder("demo") == Path("runs/demo-1")
+    assert folder_module.latest_folder("demo") is None
+    assert folder_module.next_folder("demo") == Path("runs/demo-1")
     for name in ("demo-1", "demo-9", "demo-10", "demo-x", "demo-small-40"):
         (tmp_path / "runs" / name).mkdir(parents=True)
-    assert run_module.next_folder("demo") == Path("runs/demo-11")
-    assert run_module.latest_folder("demo") == Path("runs/demo-10")
+    assert folder_module.next_folder("demo") == Path("runs/demo-11")
+    assert folder_module.latest_folder("demo") == Path("runs/demo-10")

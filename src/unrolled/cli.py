@@ -543,7 +543,7 @@ def _print_table(header: list[str], rows: list[list[str]]) -> None:
 
 
 def _print_json(answer: dict[str, Any]) -> None:
-    from unrolled.run import finite
+    from unrolled.folder import finite
 
     print(json.dumps(finite(answer), ensure_ascii=False, allow_nan=False), flush=True)
 

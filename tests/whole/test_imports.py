@@ -22,8 +22,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nn": {"nn"},
     "inference": {"inference", "data", "nn"},
     "recipe": set(),
-    "run": {"recipe", "data", "nn", "inference"},
-    "training": {"training", "recipe", "data", "nn", "run", "inference/evaluate"},
+    "folder": {"recipe", "data"},
+    "run": {"recipe", "data", "nn", "inference", "folder"},
+    "training": {"training", "recipe", "data", "nn", "folder", "run", "inference/evaluate"},
     "progress": set(),
     "cli": {"recipe"},
     "__main__": {"cli"},
@@ -70,7 +71,17 @@ def test_every_module_has_its_place_in_the_order() -> None:
         assert {path.stem for path in (SOURCE / room).glob("*.py")} - {"__init__"} == set(names)
 
 
-ON_DISK = {"data/archives", "data/dataset", "data/reading", "data/text", "data/tokens", "files", "recipe", "run", "cli"}
+ON_DISK = {
+    "data/archives",
+    "data/dataset",
+    "data/reading",
+    "data/text",
+    "data/tokens",
+    "files",
+    "recipe",
+    "folder",
+    "cli",
+}
 WRITERS = ("write_text", "write_bytes", "write_whole", "written_whole", "unlink", "mkdir", "rename")
 DISK_CALLS = {"open", "read_text", "read_bytes", "memmap", *WRITERS}
 

@@ -18,9 +18,9 @@ import unrolled
 from unrolled.data.embedded import toy_entropy_rate
 from unrolled.data.reading import Corpus
 from unrolled.data.text import cache_folder
+from unrolled.folder import read_metrics, read_tensors
 from unrolled.nn.model import LanguageModel
 from unrolled.nn.unroll import unroll_plain
-from unrolled.run import read_metrics, read_tensors
 
 
 def test_toy_is_learnt_to_within_three_percent_of_the_least_possible_perplexity(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from unrolled import run as folder
+from unrolled import folder
 from unrolled.data.batches import Windows
 from unrolled.data.dataset import Dataset, find_prepared, prepare
 from unrolled.data.text import KNOWN, open_corpus, text_is_there
@@ -23,6 +23,7 @@ from unrolled.nn.loss import loss, perplexity
 from unrolled.nn.model import LanguageModel
 from unrolled.nn.unroll import LayerStates, detach
 from unrolled.recipe import Recipe, Training, load_recipe
+from unrolled.run import Run, build_model, load, num_parameters, pick_device, refuse_what_cannot_fit
 from unrolled.training.optim import clip_by_global_norm, learning_rate, make_optimizer
 from unrolled.training.resume import Position, load_point, resume_file, save_point
 
@@ -84,7 +85,7 @@ def train(
     resume: bool = False,
     changes: dict[str, Any] | None = None,
     progress: Progress = lambda event: None,
-) -> folder.Run:
+) -> Run:
     """Trains a recipe to its end, or until SIGINT or SIGTERM, after which `resume` goes on from the very step.
 
     Args:
@@ -110,13 +111,13 @@ def train(
         path = Path(out) if out is not None else folder.next_folder(recipe.name)
         folder.refuse_taken(path)
     training = recipe.training
-    device = folder.pick_device(training.device)
+    device = pick_device(training.device)
     dataset = _resumed_dataset(path, recipe, changes) if resume else _dataset(recipe, progress)
     windows = Windows(dataset.ids["train"], training.batch_size, training.num_steps)
 
-    folder.refuse_what_cannot_fit(memory_needed(recipe, len(dataset.tokenizer)))
+    refuse_what_cannot_fit(memory_needed(recipe, len(dataset.tokenizer)))
     torch.manual_seed(training.seed)
-    model = folder.build_model(recipe.model, len(dataset.tokenizer)).to(device)
+    model = build_model(recipe.model, len(dataset.tokenizer)).to(device)
     optimizer = make_optimizer(model.parameters(), training)
     position, states = Position(), model.initial_state(training.batch_size)
     if resume:
@@ -141,9 +142,9 @@ def train(
         "hardware": folder.hardware(device),
     }
     if manifest["status"] == "done":
-        manifest["results"] = _results(folder.load(path, str(device)), dataset)
+        manifest["results"] = _results(load(path, str(device)), dataset)
     folder.write_manifest(path, manifest)
-    return folder.load(path, str(device))
+    return load(path, str(device))
 
 
 def _train_epochs(
@@ -223,7 +224,7 @@ def validate(model: LanguageModel, ids: np.ndarray, training: Training) -> Evalu
     return evaluate_exact(model, ids)
 
 
-def _results(run: folder.Run, dataset: Dataset) -> dict[str, Any]:
+def _results(run: Run, dataset: Dataset) -> dict[str, Any]:
     """What the best weights make of valid and test, and what needs no model at all."""
     metrics = [record for record in folder.read_metrics(run.path) if "valid_perplexity" in record]
     if not metrics:
@@ -310,7 +311,7 @@ def memory_needed(recipe: Recipe, vocab_size: int) -> int:
     training = recipe.training
     copies = 4 if training.optimizer == "adamw" else 2
     logits = training.num_steps * training.batch_size * vocab_size
-    return 4 * (copies * folder.num_parameters(recipe.model, vocab_size) + 2 * logits)
+    return 4 * (copies * num_parameters(recipe.model, vocab_size) + 2 * logits)
 
 
 def _note(text: str) -> dict[str, Any]:

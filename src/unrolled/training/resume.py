@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from unrolled.errors import UnrolledError
+from unrolled.folder import read_tensors, write_tensors
 from unrolled.nn.model import LanguageModel
 from unrolled.nn.unroll import LayerStates
-from unrolled.run import read_tensors, write_tensors
 
 
 @dataclass

@@ -14,11 +14,11 @@ import itertools
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Literal, final
+from typing import IO, Literal, final
 
 import numpy as np
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
@@ -256,20 +256,27 @@ def learn(corpus: Corpus, vocabulary: Vocabulary, folder: Path) -> Tokenizer:
 
 def _learn_words(corpus: Corpus, vocabulary: Vocabulary, folder: Path) -> Tokenizer:
     """Looks every word up once: numbered as they first appear, counted, ranked; then the numbers become ids."""
-    numbering, counts = _Numbering(), np.zeros(0, np.int64)
+    numbering = _Numbering()
     with tempfile.TemporaryFile(dir=folder) as numbered, written_whole(folder / "train.ids") as file:
         for piece in read_lines(corpus, "train"):
             words = _words(piece)
             numbers = np.fromiter(map(numbering.__getitem__, words), np.uint32, len(words))
-            counts = _added(counts, np.bincount(numbers))
             numbered.write(numbers.tobytes())
+        counts = np.zeros(len(numbering), np.int64)
+        for block in _blocks(numbered):
+            counts += np.bincount(block, minlength=len(numbering))
         ranked = _ranked(dict(zip(numbering, counts.tolist(), strict=True)), vocabulary)
         tokenizer = Tokenizer(_level_backend(ranked, "word"), "word")
         ids = np.fromiter((tokenizer._ids[word] for word in numbering), tokenizer.dtype, len(numbering))
-        numbered.seek(0)
-        while block := numbered.read(1 << 22):
-            file.write(ids[np.frombuffer(block, np.uint32)].tobytes())
+        for block in _blocks(numbered):
+            file.write(ids[block].tobytes())
     return tokenizer
+
+
+def _blocks(numbered: IO[bytes]) -> Iterator[np.ndarray]:
+    numbered.seek(0)
+    while block := numbered.read(1 << 22):
+        yield np.frombuffer(block, np.uint32)
 
 
 def _words(text: str) -> list[str]:

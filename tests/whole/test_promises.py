@@ -176,6 +176,24 @@ def test_a_killed_training_goes_on_to_where_the_unbroken_one_ends(tmp_path: Path
     same(tmp_path / "unbroken", path)
 
 
+def test_the_state_is_carried_within_an_epoch_and_zero_at_the_start_of_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+
+    def stop(event: dict) -> None:
+        if event["event"] == "step" and event["step"] == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def state() -> list[torch.Tensor]:
+        tensors, _ = read_tensors(path / "last/resume.safetensors")
+        return [tensor for name, tensor in tensors.items() if name.startswith("state.")]
+
+    unrolled.train("ptb-small", data="toy", out=path, changes=SMALL | {"training.max_epochs": 1}, progress=stop)
+    assert all(tensor.any() for tensor in state())
+    unrolled.train(None, out=path, resume=True)
+    assert len(state()) == 2
+    assert not any(tensor.any() for tensor in state())
+
+
 def test_a_resumed_training_may_go_on_longer(tmp_path: Path) -> None:
     unrolled.train("ptb-small", data="toy", out=tmp_path / "long", changes=SMALL)
     unrolled.train("ptb-small", data="toy", out=tmp_path / "run", changes=SMALL | {"training.max_epochs": 1})

@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
 }
 ORDER = {
-    "data": ["embedded", "archives", "reading", "text", "tokens", "dataset", "batches"],
+    "data": ["embedded", "archives", "reading", "text", "words", "tokens", "dataset", "batches"],
     "nn": ["cells", "unroll", "model", "loss"],
     "training": ["optim", "resume", "loop"],
     "inference": ["evaluate", "score", "generate"],

@@ -12,7 +12,6 @@ have a fast twin here that gives the same ids (tests hold them together), at sev
 import codecs
 import itertools
 import json
-import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -25,11 +24,12 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 from tokenizers import Tokenizer as Backend
 
 from unrolled.data.reading import Corpus, read_lines, read_text
+from unrolled.data.words import END_OF_LINE, Numbering, Words
 from unrolled.errors import UnrolledError
 from unrolled.files import written_whole
 
 Unit = Literal["word", "character", "byte", "bpe"]
-UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
+UNKNOWN = "<unk>"
 DEFAULT_BPE_SIZE = 8_000
 _MAX_UNICODE = 0x110000
 
@@ -69,10 +69,10 @@ class Tokenizer:
         self.start_id = self._ids.get(line_end, self._ids.get(" ", 0))
         self.dtype = smallest_dtype(len(self.vocabulary))
         self._encode = {
-            "word": self._encode_words,
+            "word": Words(self._ids.__getitem__),
             "character": self._encode_characters,
             "byte": lambda text: np.frombuffer(text.encode(), np.uint8),
-            "bpe": _Memo(backend, self.dtype),
+            "bpe": _Pieces(backend, [len(token) for token in self.vocabulary]),
         }[self.unit]
         self._table: np.ndarray | None = None
 
@@ -86,13 +86,9 @@ class Tokenizer:
             UnrolledError: something is not in the vocabulary, and there is no `<unk>`.
         """
         try:
-            return self._encode(text)
+            return self._encode(text).astype(self.dtype, copy=False)
         except UnicodeEncodeError as error:
             raise UnrolledError(f"not UTF-8: {text!r}") from error
-
-    def _encode_words(self, text: str) -> np.ndarray:
-        words = _words(text)
-        return np.fromiter(map(self._ids.__getitem__, words), self.dtype, len(words))
 
     def _encode_characters(self, text: str) -> np.ndarray:
         missing = len(self)
@@ -105,7 +101,7 @@ class Tokenizer:
         ids = self._table[_code_points(text)]
         if self.unknown_id is None and len(ids) and ids.max() == missing:
             raise UnrolledError(f"the character {text[int(ids.argmax())]!r} is not in the model's vocabulary")
-        return ids.astype(self.dtype, copy=False)
+        return ids
 
     def token(self, id: int) -> str:
         """The text of one token: a word, a character, or the bytes of a piece (which may not be whole characters)."""
@@ -178,47 +174,43 @@ class _Ids(dict):
         return self.default
 
 
-class _Memo:
+class _Pieces:
     """Byte-pair encoding that asks the library once for each word with the white space before it.
 
-    The library's own pattern never joins a word to what follows it, so texts may be cut there (tests hold it).
+    The library's own pattern never joins a word to what follows it, so texts may be cut there and new words encoded
+    as one text (tests hold it): the bytes of the tokens tell which are whose.
     """
 
-    _WORDS = re.compile(
-        "[{0}]*[^{0}]+|[{0}]+".format("\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000")
-    )
     _MOST = 1 << 24
     """Characters of all words remembered."""
 
-    def __init__(self, backend: Backend, dtype: np.dtype) -> None:
-        self.backend, self.dtype = backend, dtype
-        self.numbering = _Numbering()
+    def __init__(self, backend: Backend, token_bytes: list[int]) -> None:
+        self.backend = backend
+        self.token_bytes = np.array(token_bytes, np.int64)
+        self._forget()
+
+    def _forget(self) -> None:
+        self.numbering = Numbering()
+        self.words = Words(self.numbering.__getitem__, with_space=True)
         self.characters = 0
-        self.ids, self.ends = np.zeros(0, dtype), np.zeros(1, np.int64)
+        self.ids, self.ends = np.zeros(0, np.uint32), np.zeros(1, np.int64)
 
     def __call__(self, text: str) -> np.ndarray:
+        text.encode()  # so that what cannot be encoded is not numbered
         if self.characters > self._MOST:
-            self.__init__(self.backend, self.dtype)
-        words = self._WORDS.findall(text)
+            self._forget()
         known = len(self.numbering)
-        numbers = np.fromiter(map(self.numbering.__getitem__, words), np.int64, len(words))
-        fresh = list(itertools.islice(self.numbering, known, None))
-        self.characters += sum(map(len, fresh))
-        ids = [encoding.ids for encoding in self.backend.encode_batch_fast(fresh)]
-        self.ids = np.concatenate([self.ids, np.fromiter(itertools.chain.from_iterable(ids), self.dtype)])
-        ends = self.ends[-1] + np.cumsum([len(word) for word in ids], dtype=np.int64)
-        self.ends = np.concatenate([self.ends, ends])
+        numbers = self.words(text)
+        if fresh := list(itertools.islice(self.numbering, known, None)):
+            self.characters += sum(map(len, fresh))
+            ids = np.array(self.backend.encode_batch_fast(["".join(fresh)])[0].ids, np.uint32)
+            word_stops = np.cumsum([len(word.encode()) for word in fresh])
+            ends = np.searchsorted(np.cumsum(self.token_bytes[ids]), word_stops) + 1
+            self.ends = np.append(self.ends, self.ends[-1] + ends)
+            self.ids = np.append(self.ids, ids)
         starts, lengths = self.ends[numbers], self.ends[numbers + 1] - self.ends[numbers]
         before = np.cumsum(lengths) - lengths
         return self.ids[np.arange(lengths.sum()) + np.repeat(starts - before, lengths)]
-
-
-class _Numbering(dict):
-    """Words numbered in the order of their first appearance."""
-
-    def __missing__(self, word: str) -> int:
-        number = self[word] = len(self)
-        return number
 
 
 class _WordWriter:
@@ -256,12 +248,11 @@ def learn(corpus: Corpus, vocabulary: Vocabulary, folder: Path) -> Tokenizer:
 
 def _learn_words(corpus: Corpus, vocabulary: Vocabulary, folder: Path) -> Tokenizer:
     """Looks every word up once: numbered as they first appear, counted, ranked; then the numbers become ids."""
-    numbering = _Numbering()
+    numbering = Numbering()
+    words = Words(numbering.__getitem__)
     with tempfile.TemporaryFile(dir=folder) as numbered, written_whole(folder / "train.ids") as file:
         for piece in read_lines(corpus, "train"):
-            words = _words(piece)
-            numbers = np.fromiter(map(numbering.__getitem__, words), np.uint32, len(words))
-            numbered.write(numbers.tobytes())
+            numbered.write(words(piece).astype(np.uint32).tobytes())
         counts = np.zeros(len(numbering), np.int64)
         for block in _blocks(numbered):
             counts += np.bincount(block, minlength=len(numbering))
@@ -277,10 +268,6 @@ def _blocks(numbered: IO[bytes]) -> Iterator[np.ndarray]:
     numbered.seek(0)
     while block := numbered.read(1 << 22):
         yield np.frombuffer(block, np.uint32)
-
-
-def _words(text: str) -> list[str]:
-    return text.replace("\n", f" {END_OF_LINE} ").split()
 
 
 def _count_characters(pieces: Iterable[str]) -> dict[str, int]:

@@ -53,9 +53,13 @@ TINY = ("--max-epochs", 1, "--model.hidden-sizes", 8, "--model.embedding-size", 
 def test_train_answers_a_program_line_by_line(command: Command, tmp_path: Path) -> None:
     lines = command.json("train", "demo", "--data", "toy", "--out", tmp_path / "run", *TINY[2:], "--max-epochs", 2)
     assert [set(line) for line in lines[:-1]] == [
-        {"epoch", "train_perplexity", "valid_perplexity", "learning_rate", "tokens_per_second", "elapsed_s"}
+        {
+            *("epoch", "train_perplexity", "valid_perplexity", "valid_protocol"),
+            *("learning_rate", "tokens_per_second", "elapsed_s"),
+        }
     ] * 2
     assert lines[-1]["run"] == str(tmp_path / "run")
+    assert lines[-1]["best_epoch"] in (1, 2)
     assert lines[-1]["test"] == command.json("evaluate", tmp_path / "run")[0]
 
 
@@ -78,7 +82,7 @@ def test_evaluate_answers_with_every_figure(command: Command, toy_run: Run, writ
     (answer,) = command.json("evaluate", toy_run.path, "--split", "valid")
     assert set(answer) == {
         *("run", "corpus", "split", "protocol", "tokens", "nll_nats", "perplexity", "bits_per_token"),
-        *("characters", "bits_per_character"),
+        *("characters", "bits_per_character", "unknown"),
     }
     (paper,) = command.json("evaluate", toy_run.path, "--split", "valid", "--protocol", "paper")
     assert paper["tokens"] < answer["tokens"]
@@ -232,13 +236,13 @@ def test_a_mistake_is_one_line_and_status_2(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["predict", "a", "-k", "0"], "-k must be at least 1, not 0"),
+        (["predict", "a", "-k", "0"], "k must be at least 1, not 0"),
         (["predict", "a", "-k", "many"], "many"),
-        (["generate", "--seed", "99999999999999999999"], "--seed must be at least 0 and below 2 to the 63rd"),
+        (["generate", "--seed", "99999999999999999999"], "seed must be at least 0 and below 2 to the 63rd"),
         (["predict", "caf\udce9"], "is not UTF-8"),
-        (["generate", "--length", "-3"], "--length must be at least 0"),
-        (["generate", "--temperature", "-1"], "--temperature must be at least 0"),
-        (["generate", "--top-p", "0"], "--top-p must be more than 0"),
+        (["generate", "--length", "-3"], "length must be at least 0"),
+        (["generate", "--temperature", "-1"], "temperature must be at least 0"),
+        (["generate", "--top-p", "0"], "top-p must be more than 0"),
         (["generate", "--prompt", "a", "--prompt-file", "b"], "exclude each other"),
         (["generate", "--prompt-file", "nowhere"], "No such file or directory: nowhere"),
         (["evaluate", "--split", "tests"], "no split 'tests'"),
@@ -278,6 +282,37 @@ def test_a_text_that_cannot_be_trained_on_is_one_line(
 
 def test_nothing_is_written_over(command: Command, toy_run: Run) -> None:
     assert "exists already" in mistake(command, "train", "--quiet", "--data", "toy", *TINY, "--out", toy_run.path)
+
+
+def test_what_a_broken_off_start_left_is_written_over_and_a_file_is_not(command: Command, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert command("train", "--quiet", "--data", "toy", *TINY, "--out", run)[0] == 0
+    shutil.rmtree(run / "last")
+    for name in ("metrics.jsonl", "model.safetensors"):
+        (run / name).unlink()
+    assert "nothing to resume" in mistake(command, "train", "--resume", "--out", run)
+    assert command("train", "--quiet", "--data", "toy", *TINY, "--out", run)[0] == 0
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "manifest.json").write_text("{}")
+    assert "exists already" in mistake(command, "train", "--data", "toy", *TINY, "--out", tmp_path / "mine")
+    assert "is a file" in mistake(command, "train", "--data", "toy", "--out", tmp_path / "mine" / "manifest.json")
+
+
+def test_a_finished_training_says_so_when_resumed(command: Command, toy_run: Run, tmp_path: Path) -> None:
+    run = shutil.copytree(toy_run.path, tmp_path / "run")
+    _, _, err = command("train", "--resume", "--out", run)
+    assert "is done; to train on, pass --max-epochs above 2" in err
+
+
+def test_a_text_in_the_place_of_the_recipe_is_answered_with_the_option(command: Command, write: Write) -> None:
+    error = mistake(command, "train", write("mine.txt", "the cat sat"))
+    assert "to train on that text: --data" in error
+
+
+def test_an_empty_name_or_an_encoding_of_nothing_is_no_evaluation(command: Command, toy_run: Run) -> None:
+    assert "the name of the corpus is empty" in mistake(command, "evaluate", toy_run.path, "--data", "")
+    assert "pass it with --data" in mistake(command, "evaluate", toy_run.path, "--encoding", "utf-16")
+    assert "1.5" in mistake(command, "predict", toy_run.path, "the", "-k", "1.5")
 
 
 def test_a_resume_that_asks_for_something_else_says_what(command: Command, toy_run: Run, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_a_value_out_of_bounds_is_named_with_its_bound(option: str, value: str, 
 def test_values_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(UnrolledError, match="without <unk> the vocabulary has to keep every token"):
         Recipe().changed({"data.unknown": False, "data.min_count": 2})
-    with pytest.raises(UnrolledError, match="at least 257 for bpe"):
+    with pytest.raises(UnrolledError, match="257 to 1,000,000 for bpe"):
         Recipe().changed({"data.tokens": "bpe", "data.vocab_size": 100})
 
 
@@ -80,8 +80,8 @@ def test_values_that_contradict_each_other_are_refused() -> None:
         ("[training]\nbacth_size = 3", "did you mean 'training.batch_size'"),
         ("[trainig]\n", "mine.toml: trainig: there is no such field"),
         ("training = 3", "mine.toml: training must be a table"),
-        ("this is not toml", "mine.toml is not TOML"),
-        (b"\xff\xfe", "mine.toml is not TOML"),
+        ("this is not toml", "mine.toml is not a recipe in TOML"),
+        (b"\xff\xfe", "mine.toml is not a recipe in TOML"),
         ("name = '../up'", "mine.toml: name"),
     ],
 )

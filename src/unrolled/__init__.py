@@ -7,8 +7,11 @@ run.score("this is a sentence").log_prob
 run.evaluate("test")["perplexity"]
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from unrolled.threads import share_the_processor
 
 __version__ = "0.1.0"
 
@@ -34,6 +37,8 @@ def __getattr__(name: str) -> Any:
     """Each public name from its home when it is first asked for, so that `import unrolled` brings no torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'unrolled' has no attribute {name!r}")
+    if "torch" not in sys.modules:
+        share_the_processor()
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

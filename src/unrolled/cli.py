@@ -7,15 +7,14 @@ import json
 import math
 import os
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import field, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, get_origin
 
-from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
+from cyclopts import App, CycloptsError, Group, Parameter, Token, UnusedCliTokensError
 
-from unrolled import __version__
+import unrolled
 from unrolled.errors import UnrolledError
 from unrolled.recipe import FIELDS, SECTIONS, load_recipe
 
@@ -26,9 +25,10 @@ NO_NEGATIVES = Parameter(negative=())
 app = App(
     name="unrolled",
     help="Recurrent language models that anyone can train, trust and use on an ordinary computer.",
-    version=__version__,
+    version=unrolled.__version__,
     default_parameter=NO_NEGATIVES,
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,
 )
 data_app = App(
     name="data", help="The corpora: what there is, where it is, how to get it.", default_parameter=NO_NEGATIVES
@@ -78,7 +78,15 @@ else:
 Text = Annotated[str, Parameter(allow_leading_hyphen=True)]  # "-" is standard input
 RunFolder = Annotated[Path, Parameter(help="A run folder.", show_default=False)]
 Json = Annotated[bool, Parameter(help="Answer in JSON, one object a line.")]
-Device = Annotated[str, Parameter(help="cpu, cuda, mps, or auto for a GPU where there is one.")]
+
+
+def _whole(kind: object, tokens: Sequence[Token]) -> int:
+    """A whole number as it is written; `int` of the command line's library would take 1.5 for 1."""
+    return int(tokens[0].value)
+
+
+Whole = Annotated[int, Parameter(converter=_whole)]
+Device = Annotated[str, Parameter(help="cpu, cuda, cuda:1; auto takes a GPU where there is one.")]
 
 
 @app.command
@@ -110,19 +118,17 @@ def train(
     quiet
         No progress.
     """
-    _share_the_processor()
     from unrolled.progress import Display
-    from unrolled.training.loop import train as train_recipe
 
     changes = {name.replace("__", "."): value for name, value in vars(options).items()}
     changes = {name: value for name, value in changes.items() if value is not None}
     with Display(quiet=quiet, on_epoch=_print_epoch if json else None) as display:
-        run = train_recipe(recipe, data=data, out=out, resume=resume, changes=changes, progress=display)
+        run = unrolled.train(recipe, data=data, out=out, resume=resume, changes=changes, progress=display)
     if run.manifest["status"] == "stopped":
         _notice(f"stopped after step {run.manifest['steps']:,}; go on with: unrolled train --resume --out {run.path}")
         return 130
     if json:
-        _print_json({"run": str(run.path), "test": run.manifest["results"]["test"]})
+        _print_json({"run": str(run.path), **run.manifest["results"]})
     else:
         _print_results(run)
     return 0
@@ -163,6 +169,7 @@ def evaluate(
             ["text", f"{answer['corpus']}, {answer['split']}"],
             ["protocol", answer["protocol"]],
             ["tokens", f"{answer['tokens']:,}"],
+            ["of them <unk>", f"{answer['unknown']:,} ({answer['unknown'] / answer['tokens']:.1%})"],
             ["perplexity", _number(answer["perplexity"], 3)],
             ["nats per token", f"{answer['nll_nats'] / answer['tokens']:.4f}"],
             ["bits per token", f"{answer['bits_per_token']:.4f}"],
@@ -220,7 +227,7 @@ def predict(
     prefix: Annotated[str | None, Parameter(help="A text; standard input, line by line, when left out.")] = None,
     /,
     *,
-    k: Annotated[int, Parameter(name=["-k", "--k"])] = 10,
+    k: Annotated[Whole, Parameter(name=["-k", "--k"])] = 10,
     unknown: bool = False,
     device: Device = "auto",
     json: Json = False,
@@ -254,11 +261,11 @@ def generate(
     *,
     prompt: Text | None = None,
     prompt_file: Path | None = None,
-    length: int = 100,
+    length: Whole = 100,
     temperature: float = 1.0,
-    top_k: int = 0,
+    top_k: Whole = 0,
     top_p: float = 1.0,
-    seed: int | None = None,
+    seed: Whole | None = None,
     unknown: bool = False,
     device: Device = "auto",
     json: Json = False,
@@ -284,15 +291,16 @@ def generate(
     unknown
         Let <unk> be drawn.
     """
-    from unrolled.inference.generate import new_seed
-
     if prompt is not None and prompt_file is not None:
         raise UnrolledError("--prompt and --prompt-file exclude each other")
     if prompt_file is not None or prompt == "-":
         prompt = "\n".join(_lines(str(prompt_file or "-")))
     prompt = _utf8(prompt or "")
+    model = _load(run, device)
+    from unrolled.inference.generate import new_seed
+
     seed = new_seed() if seed is None else seed
-    pieces = _load(run, device).stream(
+    pieces = model.stream(
         prompt, length=length, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, unknown=unknown
     )
     if json:
@@ -448,33 +456,14 @@ def data_show(
     rows = [[s, f"{i['tokens']:,}", f"{i['unknown']:,}", i["sha256"]] for s, i in splits.items()]
     _print_table([dataset.name, f"{tokens}s", "<unk>", "SHA-256"], rows)
     print(f"vocabulary {len(dataset.tokenizer):,}" + (f"; {dataset.note}" if dataset.note else ""))
-    print("begins: " + dataset.tokenizer.decode(dataset.ids["train"][:200])[:200].splitlines()[0])
+    print("begins: " + (dataset.tokenizer.decode(dataset.ids["train"][:200])[:200].splitlines() or [""])[0])
 
 
 # ------------------------------------------------------------------------------------------------ printing
 
 
-def _share_the_processor() -> None:
-    """Lets threads sleep while they wait, where another program is at work; to be called before torch is imported.
-
-    Threads that spin while they wait are faster by a half alone, and slower by ten times and more as soon as another
-    program wants their core (docs/LOG.md). The figures come out the same either way.
-    """
-    try:
-        running = []
-        for _ in range(3):
-            running.append(int(Path("/proc/loadavg").read_text(encoding="utf-8").split()[3].partition("/")[0]))
-            time.sleep(0.02)
-    except (OSError, ValueError, IndexError):  # not Linux
-        return
-    if min(running) > 1:  # ourselves
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
 def _load(path: Path, device: str) -> "Run":
-    from unrolled.run import load
-
-    return load(path, device)
+    return unrolled.load(path, device)
 
 
 def _lines(file: str) -> Iterator[str]:
@@ -487,7 +476,8 @@ def _lines(file: str) -> Iterator[str]:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
                 place = "standard input" if file == "-" else file
-                raise UnrolledError(f"{place}, line {number}, byte {error.start + 1}: not UTF-8") from error
+                here = f"{place}, line {number}, byte {error.start + 1}"
+                raise UnrolledError(f"{here}: not UTF-8; convert it first (iconv -f latin1 -t utf-8)") from error
 
 
 def _utf8(text: str) -> str:
@@ -504,8 +494,8 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _print_epoch(event: dict[str, Any]) -> None:
-    names = ("epoch", "train_perplexity", "valid_perplexity", "learning_rate", "tokens_per_second", "elapsed_s")
-    _print_json({name: event[name] for name in names})
+    names = ("epoch", "train_perplexity", "valid_perplexity", "valid_protocol", "learning_rate")
+    _print_json({name: event[name] for name in (*names, "tokens_per_second", "elapsed_s")})
 
 
 def _print_results(run: "Run") -> None:

@@ -32,6 +32,7 @@ from unrolled.files import sha256_of, write_whole
 from unrolled.recipe import Recipe
 
 ALWAYS_CHECKED = ("recipe.toml", "tokenizer.json")
+_BEFORE_TRAINING = {*ALWAYS_CHECKED, "heldout.safetensors", "manifest.json", "last"}
 FORMAT = 1
 """Raised when an older Unrolled could no longer read the folder."""
 
@@ -51,8 +52,13 @@ def latest_folder(name: str) -> Path | None:
 
 
 def refuse_taken(path: Path) -> None:
-    """Raises UnrolledError where there is something at `path` already."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    """Raises UnrolledError where there is something at `path` already, but for what a broken-off start left there."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise UnrolledError(f"{path} is a file; choose another --out")
+    names = {file.name for file in path.rglob("*")}
+    if names and not ("recipe.toml" in names <= _BEFORE_TRAINING):
         raise UnrolledError(f"{path} exists already; choose another --out, or go on with it: --resume --out {path}")
 
 

@@ -33,7 +33,7 @@ class Display:
         self.console = _Console(file=sys.stderr, highlight=False, markup=False, soft_wrap=True)
         self.live = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=8),
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(compact=True),
             console=self.console,
@@ -68,11 +68,11 @@ class Display:
         if event["step"] == 1:
             nats, perplexity = event["nll_nats_per_token"], event["train_perplexity"]
             self._say(f"before training: {nats:.4f} nats a token, perplexity {perplexity:,.0f}")
-        figures = (
-            f"perplexity {event['train_perplexity']:9,.2f}  {event['tokens_per_second']:8,.0f} tokens/s  "
-            f"rate {event['learning_rate']:.4g}  gradient {event['grad_norm']:.3g}"
-        )
         if self.console.is_terminal:
+            figures = (  # no wider than 80 columns with the bar
+                f"perplexity {event['train_perplexity']:.4g} {event['tokens_per_second']:,.0f}/s "
+                f"rate {event['learning_rate']:.2g} gradient {event['grad_norm']:.3g}"
+            )
             if self.task is None or self.live.tasks[0].total != event["windows"] or event["window"] == 1:
                 for task in self.live.task_ids:
                     self.live.remove_task(task)
@@ -81,14 +81,17 @@ class Display:
         elif event["window"] % max(1, event["windows"] // 10) == 0 or time.monotonic() - self.said_at > _SILENCE_S:
             done = event["window"] / event["windows"]
             left = (1 - done) * event["tokens_an_epoch"] / event["tokens_per_second"]
-            self._say(f"epoch {event['epoch']:3d}  {done:4.0%}  {figures}  {left:,.0f} s left of it")
+            self._say(
+                f"epoch {event['epoch']:3d}  {done:4.0%}  perplexity {event['train_perplexity']:9,.2f}  "
+                f"{event['tokens_per_second']:8,.0f} tokens/s  rate {event['learning_rate']:.4g}  "
+                f"gradient {event['grad_norm']:.3g}  {left:,.0f} s left of it"
+            )
 
     def _epoch(self, event: dict[str, Any]) -> None:
         self._say(
-            f"epoch {event['epoch']:3d}  done  train {event['train_perplexity']:9,.2f}  "
-            f"valid {event['valid_perplexity']:9,.2f} ({event['valid_protocol']})  rate {event['learning_rate']:.4g}  "
-            f"{event['tokens_per_second']:,.0f} tokens/s  {event['elapsed_s']:,.0f} s"
-            + ("  *" if event["best"] else "")
+            f"epoch {event['epoch']:2d}  train {event['train_perplexity']:6,.2f}  "
+            f"valid {event['valid_perplexity']:6,.2f} ({event['valid_protocol']}) rate {event['learning_rate']:.2g} "
+            f"{event['tokens_per_second']:,.0f}/s {event['elapsed_s']:,.0f} s" + (" *" if event["best"] else "")
         )
 
     def _say(self, text: str) -> None:

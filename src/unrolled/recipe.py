@@ -9,7 +9,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     ValidationError,
@@ -53,8 +52,8 @@ class Data(Section):
     def _every_token_needs_an_id(self) -> Self:
         if not self.unknown and self.tokens in ("word", "character") and (self.min_count > 1 or self.vocab_size):
             raise ValueError("without <unk> the vocabulary has to keep every token: vocab_size 0 and min_count 1")
-        if self.tokens == "bpe" and 0 < self.vocab_size < 257:
-            raise ValueError("vocab_size must be at least 257 for bpe: its 256 bytes and a merge")
+        if self.tokens == "bpe" and self.vocab_size and not 257 <= self.vocab_size <= 1_000_000:
+            raise ValueError("vocab_size must be 257 to 1,000,000 for bpe: its 256 bytes and the merges")
         return self
 
 
@@ -101,7 +100,7 @@ class Training(Section):
     """Factor on the rate for each epoch past `constant_epochs`."""
     warmup_steps: CountOrNone = 0
     """Steps over which the rate rises from 0 under the cosine schedule; no more than a tenth of all."""
-    weight_decay: NonNegativeFloat = 0.0
+    weight_decay: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """AdamW's decay of the weights towards 0."""
     max_grad_norm: PositiveFloat = 5.0
     """The gradient's global norm is clipped to this."""
@@ -156,6 +155,13 @@ class Recipe(Section):
                 tables[section] = value
         return _validated(tables, _as_option)
 
+    def value(self, name: str) -> Any:
+        """The value of a field by its dotted name, as TOML and JSON have it."""
+        found: Any = self.model_dump(mode="json")
+        for part in name.split("."):
+            found = found[part]
+        return found
+
     def differences(self, other: "Recipe") -> list[str]:
         """The dotted names whose values differ."""
         mine, theirs = self.model_dump(), other.model_dump()
@@ -193,7 +199,8 @@ def load_recipe(name: str | Path) -> Recipe:
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UnrolledError(f"{path} is not TOML: {error}") from error
+        hint = "" if path.suffix == ".toml" else f"; to train on that text: --data {path}"
+        raise UnrolledError(f"{path} is not a recipe in TOML: {error}{hint}") from error
     tables.setdefault("name", _as_name(path.stem))
     return _validated(tables, lambda field: f"{path}: {field}")
 

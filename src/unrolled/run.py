@@ -98,6 +98,8 @@ class Run:
         """
         if protocol not in ("exact", "paper"):
             raise UnrolledError(f"no protocol {protocol!r}; it is exact or paper")
+        if encoding is not None and data is None:
+            raise UnrolledError("an encoding is of other text; pass it with --data")
         corpus, split, ids = self._ids(split, data, encoding)
         if len(ids) < 2:
             raise UnrolledError(f"{corpus} holds {len(ids)} token; an evaluation takes two or more")
@@ -107,7 +109,8 @@ class Run:
             result, counted = evaluate_paper(self.model, windows), windows.targets.ravel()
         else:
             result, counted = evaluate_exact(self.model, ids), ids[1:]
-        described = describe(result, self.tokenizer.characters(counted))
+        unknown = 0 if self.tokenizer.unknown_id is None else int((counted == self.tokenizer.unknown_id).sum())
+        described = describe(result, self.tokenizer.characters(counted)) | {"unknown": unknown}
         return {"run": str(self.path), "corpus": corpus, "split": split} | described | {"protocol": protocol}
 
     def _ids(self, split: str, data: str | None, encoding: str | None) -> tuple[str, str, np.ndarray]:
@@ -130,7 +133,7 @@ class Run:
                 "pass it with --data"
             )
         whole = open_text(data, encoding) if data is not None else None
-        corpus = whole or open_corpus(data or self.recipe.data.corpus, encoding)
+        corpus = whole or open_corpus(self.recipe.data.corpus if data is None else data, encoding)
         dataset = prepare_with(corpus, self.tokenizer)
         split = "text" if whole else split
         if split not in dataset.ids:

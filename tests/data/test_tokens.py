@@ -188,6 +188,24 @@ def test_a_damaged_cache_is_made_again(write: Write, name: str, content: bytes) 
     assert prepare(corpus, Vocabulary(min_count=3)).ids["train"].tolist() == ids
 
 
+def test_ids_that_were_changed_in_the_cache_are_made_again(write: Write) -> None:
+    corpus = open_corpus(str(write("mine.txt", TRAIN)))
+    first = prepare(corpus, Vocabulary())
+    ids = first.ids["train"].tolist()
+    path = dataset_module.cache_folder() / "ids" / first.key / "train.ids"
+    path.write_bytes(bytes(path.stat().st_size))
+    assert prepare(corpus, Vocabulary()).ids["train"].tolist() == ids
+
+
+def test_bpe_takes_a_text_without_a_space(write: Write) -> None:
+    content = "acgt" * 100_000
+    prepared = prepare(open_corpus(str(write("dna.txt", content))), Vocabulary("bpe", 300))
+    backend = tokenizers.Tokenizer.from_str(prepared.tokenizer.to_json())
+    text = f"a {content[:5_000]}\u3000\n  {'é' * 700} {'x' * 256}y"
+    assert prepared.tokenizer.encode(text).tolist() == backend.encode(text).ids
+    assert prepared.tokenizer.decode(prepared.tokenizer.encode(text)) == text
+
+
 def test_other_text_or_settings_are_prepared_anew(write: Write) -> None:
     keys = {
         prepare(open_corpus(str(write("mine.txt", content))), vocabulary).key

@@ -88,16 +88,16 @@ def test_draws_are_distributed_as_asked(options: dict[str, float], expected: dic
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"length": -1}, "--length"),
-        ({"temperature": -0.1}, "--temperature"),
-        ({"temperature": float("nan")}, "--temperature"),
-        ({"top_k": -1}, "--top-k"),
-        ({"top_p": 0.0}, "--top-p"),
-        ({"top_p": 1.1}, "--top-p"),
+        ({"length": -1}, "length"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_k": -1}, "top-k"),
+        ({"top_p": 0.0}, "top-p"),
+        ({"top_p": 1.1}, "top-p"),
     ],
 )
 def test_options_out_of_bounds_are_named(toy_run: Run, options: dict[str, float], named: str) -> None:
     with pytest.raises(UnrolledError, match=f"{named} must be"):
         toy_run.generate("the", **options)
-    with pytest.raises(UnrolledError, match="-k must be at least 1, not 0"):
+    with pytest.raises(UnrolledError, match="k must be at least 1, not 0"):
         toy_run.predict("the", k=0)

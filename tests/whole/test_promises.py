@@ -18,7 +18,7 @@ import unrolled
 from unrolled.data.embedded import toy_entropy_rate
 from unrolled.data.reading import Corpus
 from unrolled.data.text import cache_folder
-from unrolled.folder import read_metrics, read_tensors
+from unrolled.folder import read_metrics, read_tensors, write_tensors
 from unrolled.nn.model import LanguageModel
 from unrolled.nn.unroll import unroll_plain
 
@@ -217,6 +217,22 @@ def test_a_rate_that_blows_up_is_said_and_reaches_no_saved_weights(tmp_path: Pat
         unrolled.train("ptb-small", data="toy", out=path, changes=changes)
     tensors, _ = read_tensors(path / "last/resume.safetensors")
     assert all(tensor.isfinite().all() for name, tensor in tensors.items() if name.startswith("model."))
+
+
+def test_a_resume_point_whose_optimizer_does_not_fit_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    unrolled.train("demo", data="toy", out=path, changes=SMALL | {"training.max_epochs": 1})
+    tensors, metadata = read_tensors(path / "last/resume.safetensors")
+    tensors["optimizer.1.exp_avg_sq"] = torch.zeros(4)
+    write_tensors(path / "last/resume.safetensors", tensors, metadata)
+    with pytest.raises(unrolled.UnrolledError, match="does not fit the recipe of its run"):
+        unrolled.train(None, out=path, resume=True, changes={"training.max_epochs": 2})
+
+
+def test_values_of_any_kind_that_fits_are_kept_as_the_recipe_has_them(tmp_path: Path) -> None:
+    changes = SMALL | {"model.hidden_sizes": (np.int64(8),), "training.max_epochs": 1}
+    run = unrolled.train("demo", data="toy", out=tmp_path / "run", changes=changes)
+    assert run.manifest["changes"]["model.hidden_sizes"] == [8]
 
 
 def test_what_was_changed_on_resuming_stays_changed(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ MAX_BYTES = 4 << 30
 """Most bytes that an archive may unpack to, all members together."""
 
 _LONGEST_READ = 4 << 20
+_LONGEST_HEADER = 4_096
 _DAMAGED = (
     *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
     *(EOFError, OSError, RuntimeError, NotImplementedError, ValueError),
@@ -92,7 +93,7 @@ def _members(path: Path) -> Iterator[dict[str, Callable[[], IO[bytes]]]]:
             for info in archive.infolist():
                 kind = stat.S_IFMT(info.external_attr >> 16)
                 guard.admit(info.filename, info.file_size, kind in (0, stat.S_IFREG, stat.S_IFDIR))
-                if not info.is_dir():
+                if info.filename and not info.is_dir():
                     files[info.filename] = partial(archive.open, info)
             yield files
     else:
@@ -112,9 +113,23 @@ def _open_tar(path: Path) -> Iterator[tarfile.TarFile]:
     opens = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
     with (
         opens.get(start[:2], open)(path, "rb") as stream,
-        tarfile.open(fileobj=_Bounded(stream, path.name), mode="r:") as archive,  # type: ignore[arg-type]
+        tarfile.open(fileobj=_Bounded(stream, path.name), mode="r:", tarinfo=_Header) as archive,  # type: ignore
     ):
         yield archive
+
+
+class _Header(tarfile.TarInfo):
+    """Refuses long extended headers, over which older Pythons take quadratic time (CVE-2024-6232)."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in _EXTENDED and header.size > _LONGEST_HEADER:
+            raise UnrolledError(f"the archive has a header of {header.size:,} bytes; it is refused")
+        return header
+
+
+_EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 
 
 class _Bounded:

@@ -18,9 +18,9 @@ from unrolled.data.reading import Corpus, read_bytes, read_lines, read_text
 from unrolled.data.text import cache_folder
 from unrolled.data.tokens import Tokenizer, Vocabulary, learn
 from unrolled.errors import UnrolledError
-from unrolled.files import write_whole, written_whole
+from unrolled.files import sha256_of, write_whole, written_whole
 
-_FORMAT = 1
+_FORMAT = 2
 """Raised when the ids of the same text and settings would come out otherwise than before."""
 
 
@@ -59,7 +59,7 @@ def find_prepared(key: str) -> Dataset | None:
     """The dataset of that key, if the cache still holds it; then the corpus itself is not needed."""
     try:
         return _open(cache_folder() / "ids" / key)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # not there, or damaged
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # not there, or damaged
         return None
 
 
@@ -76,13 +76,18 @@ def _cached(corpus: Corpus, settings: dict[str, Any], make: Callable[[Path], Tok
         tokenizer = make(work)
         infos = {split: _write_ids(corpus, split, tokenizer, work) for split in corpus.splits}
         write_whole(work / "tokenizer.json", tokenizer.to_json().encode())
-        about = {"name": corpus.name, "note": corpus.note, "splits": {s: asdict(info) for s, info in infos.items()}}
+        about = {
+            "name": corpus.name,
+            "note": corpus.note,
+            "splits": {split: asdict(info) for split, info in infos.items()},
+            "files": {file.name: sha256_of(file) for file in sorted(work.iterdir())},
+        }
         write_whole(work / "dataset.json", json.dumps(about).encode())
         try:
             work.rename(folder)
         except OSError:  # there is a damaged one, or another process was first
             if find_prepared(key) is None:
-                shutil.rmtree(folder)
+                shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
                 work.rename(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -91,6 +96,9 @@ def _cached(corpus: Corpus, settings: dict[str, Any], make: Callable[[Path], Tok
 
 def _open(folder: Path, tokenizer: Tokenizer | None = None) -> Dataset:
     about = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    for name, sha256 in about["files"].items():
+        if tokenizer is None and sha256_of(folder / name) != sha256:
+            raise ValueError(f"{folder / name} is damaged")
     tokenizer = tokenizer or Tokenizer.load(folder / "tokenizer.json")
     splits = {split: SplitInfo(**info) for split, info in about["splits"].items()}
     ids: dict[str, np.ndarray] = {s: np.memmap(folder / f"{s}.ids", tokenizer.dtype, mode="r") for s in splits}

@@ -13,6 +13,10 @@ from unrolled.errors import UnrolledError
 _PIECE = 1 << 18
 """Bytes read at a time: the words of a piece stay in the processor's cache."""
 _LONGEST_WORD = 1 << 20
+_WIDE_SPACES = tuple(
+    space.encode()
+    for space in "\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+)
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,16 @@ def _raw(part: Split) -> Iterator[tuple[bytes, int]]:
 
 def _last_word_end(piece: bytes) -> int:
     """Where the white space before the last word begins."""
-    words = piece.rstrip()
-    return len(words[: max(words.rfind(mark) for mark in (b" ", b"\n", b"\r")) + 1].rstrip())
+    words = _without_space(piece)
+    return len(_without_space(words[: max(words.rfind(mark) for mark in (b" ", b"\n", b"\r")) + 1]))
+
+
+def _without_space(piece: bytes) -> bytes:
+    """`piece` without the white space that it ends in, beyond ASCII too."""
+    piece = piece.rstrip()
+    while space := next((space for space in _WIDE_SPACES if piece.endswith(space)), None):
+        piece = piece.removesuffix(space).rstrip()
+    return piece
 
 
 def _whole_characters(piece: bytes) -> int:

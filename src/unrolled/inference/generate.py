@@ -54,7 +54,7 @@ def predict(
         UnrolledError: k is less than 1, or the prefix is not in the model's vocabulary and it has no `<unk>`.
     """
     if k < 1:
-        raise UnrolledError(f"-k must be at least 1, not {k}")
+        raise UnrolledError(f"k must be at least 1, not {k}")
     log_probs, _ = read_prefix(model, tokenizer, prefix)
     if not unknown and tokenizer.unknown_id is not None:
         log_probs[tokenizer.unknown_id] = -torch.inf
@@ -91,15 +91,15 @@ def generate(
         UnrolledError: an option is out of bounds, or the prompt is not in the vocabulary of a model without `<unk>`.
     """
     if length < 0:
-        raise UnrolledError(f"--length must be at least 0, not {length}")
+        raise UnrolledError(f"length must be at least 0, not {length}")
     if not 0 <= temperature < float("inf"):
-        raise UnrolledError(f"--temperature must be at least 0, not {temperature}")
+        raise UnrolledError(f"temperature must be at least 0, not {temperature}")
     if top_k < 0:
-        raise UnrolledError(f"--top-k must be at least 0, not {top_k}")
+        raise UnrolledError(f"top-k must be at least 0, not {top_k}")
     if not 0 < top_p <= 1:
-        raise UnrolledError(f"--top-p must be more than 0 and at most 1, not {top_p}")
+        raise UnrolledError(f"top-p must be more than 0 and at most 1, not {top_p}")
     if seed is not None and not 0 <= seed < 1 << 63:
-        raise UnrolledError(f"--seed must be at least 0 and below 2 to the 63rd, not {seed}")
+        raise UnrolledError(f"seed must be at least 0 and below 2 to the 63rd, not {seed}")
     if not unknown and tokenizer.unknown_id is not None and len(tokenizer) == 1:
         raise UnrolledError("nothing can be drawn: the vocabulary holds <unk> alone")
     log_probs, state = read_prefix(model, tokenizer, prompt)

@@ -110,6 +110,9 @@ def train(
         recipe = recipe.changed(changes)
         path = Path(out) if out is not None else folder.next_folder(recipe.name)
         folder.refuse_taken(path)
+    for name in (recipe.data.corpus, str(path)):
+        _refuse_undecodable(name)
+    changes = {name: recipe.value(name) for name in changes}
     training = recipe.training
     device = pick_device(training.device)
     dataset = _resumed_dataset(path, recipe, changes) if resume else _dataset(recipe, progress)
@@ -124,7 +127,10 @@ def train(
         position, states = load_point(path, model, optimizer)
         folder.reopen(path, recipe, changes)
         folder.cut_metrics(path, position.step, position.epoch)
-        progress(_note(f"going on with {path} at epoch {position.epoch}, step {position.step}"))
+        if position.epoch > training.max_epochs:
+            progress(_note(f"{path} is done; to train on, pass --max-epochs above {training.max_epochs}"))
+        else:
+            progress(_note(f"going on with {path} at epoch {position.epoch}, step {position.step}"))
     else:
         folder.create(path, recipe, changes, dataset)
         save_point(path, position, model, optimizer, states)  # so that there is a resume point from the first moment
@@ -267,11 +273,15 @@ def _dataset(recipe: Recipe, progress: Progress) -> Dataset:
 
 def _located(data: str) -> str:
     """A path that holds from any folder; a name as it is."""
-    try:
-        data.encode()
-    except UnicodeEncodeError as error:
-        raise UnrolledError(f"the name {data!r} is not UTF-8; rename the file") from error
+    _refuse_undecodable(data)
     return str(Path(data).resolve()) if data != "-" and data not in KNOWN and Path(data).exists() else data
+
+
+def _refuse_undecodable(name: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise UnrolledError(f"the name {name!r} is not UTF-8; rename the file") from error
 
 
 def _resumed(
@@ -281,7 +291,8 @@ def _resumed(
     asked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe) if recipe is not None else None
     path = Path(out) if out is not None else folder.latest_folder(asked.name if asked else "demo")
     if path is None or not resume_file(path).is_file():
-        raise UnrolledError(f"{path or 'runs'} holds nothing to resume; pass the run folder with --out")
+        where = f"{path} holds" if path else "the folder runs holds"
+        raise UnrolledError(f"{where} nothing to resume; --out names the run folder to go on with")
     manifest = folder.read_manifest(path)
     folder.check_files(path, manifest)
     saved = load_recipe(path / "recipe.toml")

@@ -71,8 +71,12 @@ def _put_back(
 ) -> tuple[Position, LayerStates]:
     model.load_state_dict(_under("model.", tensors))
     slots: dict[int, dict[str, torch.Tensor]] = {}
+    parameters = list(model.parameters())
     for name, tensor in _under("optimizer.", tensors).items():
         number, _, slot = name.partition(".")
+        expected = () if slot == "step" else parameters[int(number)].shape
+        if tensor.shape != expected or tensor.dtype != torch.float32:  # the fused step would write where it must not
+            raise ValueError(name)
         slots.setdefault(int(number), {})[slot] = tensor
     optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
     torch.set_rng_state(tensors["random.cpu"])

@@ -55,7 +55,7 @@ def test_a_terminal_of_80_columns_shows_everything_in_one_line(monkeypatch: pyte
         re.search(r"epoch 13 \S+ perplexity 711\.7 114,438/s rate 0\.0038 gradient 18\.5 [-\d:]+", line)
         for line in lines
     )
-    assert any("train  711.72  valid 5,120.90 (paper) rate 0.0038 114,438/s  10,007 s  *" in line for line in lines)
+    assert any("train 711.72  valid 5,120.90 (paper) rate 0.0038 114,438/s 10,007 s *" in line for line in lines)
 
 
 def test_elsewhere_there_are_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:

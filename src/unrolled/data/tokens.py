@@ -12,6 +12,7 @@ have a fast twin here that gives the same ids (tests hold them together), at sev
 import codecs
 import itertools
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -189,6 +190,8 @@ class _Pieces:
 
     def __init__(self, backend: Backend, token_bytes: list[int]) -> None:
         self.backend = backend
+        self.backend_for_short_words = Backend.from_str(backend.to_str())
+        self.backend_for_short_words.pre_tokenizer = _bpe_pre_tokenizer(long_words=False)
         self.token_bytes = np.array(token_bytes, np.int64)
         self._forget()
 
@@ -205,7 +208,9 @@ class _Pieces:
         numbers = self.words(text)
         if fresh := list(itertools.islice(self.numbering, known, None)):
             self.characters += sum(map(len, fresh))
-            ids = np.array(self.backend.encode_batch_fast(["".join(fresh)])[0].ids, np.uint32)
+            short = max(map(len, fresh)) < _LONGEST_BPE_WORD
+            backend = self.backend_for_short_words if short else self.backend
+            ids = np.array(backend.encode_batch_fast(["".join(fresh)])[0].ids, np.uint32)
             word_stops = np.cumsum([len(word.encode()) for word in fresh])
             ends = np.searchsorted(np.cumsum(self.token_bytes[ids]), word_stops) + 1
             self.ends = np.append(self.ends, self.ends[-1] + ends)
@@ -363,10 +368,7 @@ def _byte_backend() -> Backend:
 
 def _bpe_backend(lines: Iterable[str], vocabulary: Vocabulary) -> Backend:
     backend = Backend(models.BPE())
-    line_ends = pre_tokenizers.Split(Regex("\n"), "isolated")  # so that lines may be encoded one by one
-    long_words = pre_tokenizers.Split(Regex(rf"\S{{{_LONGEST_BPE_WORD}}}"), "isolated")
-    bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([line_ends, long_words, bytes_of])
+    backend.pre_tokenizer = _bpe_pre_tokenizer(long_words=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=max(vocabulary.size or DEFAULT_BPE_SIZE, 256),
@@ -374,8 +376,22 @@ def _bpe_backend(lines: Iterable[str], vocabulary: Vocabulary) -> Backend:
         initial_alphabet=_BYTE_TOKENS,
         show_progress=False,
     )
-    backend.train_from_iterator(lines, trainer)
+    backend.train_from_iterator(map(_with_long_words_cut, lines), trainer)  # faster than by the library
+    backend.pre_tokenizer = _bpe_pre_tokenizer(long_words=True)
     return backend
+
+
+def _with_long_words_cut(text: str) -> str:
+    if max(map(len, text.split()), default=0) < _LONGEST_BPE_WORD:
+        return text
+    return re.sub(rf"\S{{{_LONGEST_BPE_WORD}}}", "\\g<0>\n", text)
+
+
+def _bpe_pre_tokenizer(long_words: bool) -> pre_tokenizers.PreTokenizer:
+    """GPT-2's pattern within lines, so that lines may be encoded one by one; long words cut, or none expected."""
+    cuts = ["\n", rf"\S{{{_LONGEST_BPE_WORD}}}"][: 1 + long_words]
+    splits = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in cuts]
+    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
 
 
 def _unit_of(content: str) -> Unit:

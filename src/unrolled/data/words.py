@@ -79,13 +79,13 @@ class Words:
         if not known.all():
             asked = np.flatnonzero(~known)
             spans = zip(starts[asked].tolist(), stops[asked].tolist(), strict=True)
-            numbers[asked] = ask_each((self._word(raw[start:stop]) for start, stop in spans), self.number_of)
+            words = [raw[start:stop].decode() for start, stop in spans]
+            if not self.with_space:
+                words = [END_OF_LINE if word == "\n" else word for word in words]
+            numbers[asked] = ask_each(words, self.number_of)
             taken = slots[asked]
             self.keys[0][taken], self.keys[1][taken], self.numbers[taken] = low[asked], high[asked], numbers[asked]
         return numbers
-
-    def _word(self, raw: bytes) -> str:
-        return END_OF_LINE if raw == b"\n" and not self.with_space else raw.decode()
 
     def _bounds(self, kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where the words start and stop, each (N,), from the kind of every byte."""

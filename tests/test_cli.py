@@ -143,7 +143,11 @@ def test_inspect_lists_parameters_by_name_and_shape(command: Command, toy_run: R
 
 
 def test_recipes_are_listed_and_shown(command: Command) -> None:
-    assert [line["name"] for line in command.json("recipes")] == ["demo", "ptb-small"]
+    assert [line["name"] for line in command.json("recipes")] == [
+        "demo",
+        *(f"ptb-{size}" for size in ("large", "medium", "notebook", "small")),
+        *(f"text8-{name}" for name in ("elman", "elman-add", "elman-relu", "jordan", "lstm")),
+    ]
     _, out, _ = command("recipes")
     assert "115.91" in out
     _, out, _ = command("recipes", "ptb-small")
@@ -204,7 +208,7 @@ def mistake(command: Command, *arguments: object, stdin: Path | None = None) -> 
         (["train", "--data", "no-such-file.txt"], "no corpus or file 'no-such-file.txt'"),
         (
             ["train", "--data", "toy", "--encoding", "klingon", "--data.tokens", "byte", "--model.cell", "x"],
-            "'lstm' or 'gru'",
+            "'lstm', 'gru', 'elman' or 'jordan'",
         ),
         (["train", "--data", "toy", "--quiet", "--model.hidden-sizes", "9999999"], "lower --model.hidden-sizes"),
         (["train", "--encoding", "rot13", "--data", __file__], "no encoding named 'rot13'"),

@@ -7,6 +7,8 @@ import pytest
 
 from unrolled import Recipe, UnrolledError, load_recipe
 from unrolled.recipe import FIELDS, recipe_header, shipped_recipes
+from unrolled.run import num_parameters
+from unrolled.training.optim import learning_rate
 
 Write = Callable[[str, bytes | str], Path]
 
@@ -38,6 +40,51 @@ def test_ptb_small_is_the_reference_configuration() -> None:
     assert (model.embedding_size, model.hidden_sizes, model.dropout, model.init_scale) == (200, (200, 200), 0, 0.1)
     assert (training.batch_size, training.num_steps, training.max_epochs, training.max_grad_norm) == (20, 20, 13, 5)
     assert model.forget_bias == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "count", "rates"),
+    [
+        ("ptb-medium", (650, (650, 650), 0.5, 0.05, 35, 39, 5), 19_775_200, [1] * 6 + [0.8, 0.64]),
+        ("ptb-large", (1500, (1500, 1500), 0.65, 0.04, 35, 55, 10), 66_022_000, [1] * 14 + [1 / 1.15, 1 / 1.15**2]),
+        ("ptb-notebook", (200, (256, 128), 0, 0.1, 20, 15, 5), 3_955_088, [1] * 5 + [0.5, 0.25]),
+    ],
+)
+def test_the_references_are_kept_to_the_letter(
+    name: str, sizes: tuple[object, ...], count: int, rates: list[float]
+) -> None:
+    recipe = load_recipe(name)
+    model, training = recipe.model, recipe.training
+    drawn = (model.embedding_size, model.hidden_sizes, model.dropout, model.init_scale)
+    assert (*drawn, training.num_steps, training.max_epochs, training.max_grad_norm) == sizes
+    assert num_parameters(model, 10_000) == count
+    assert training.batch_size == (60 if name == "ptb-notebook" else 20)
+    assert [learning_rate(training, epoch, 0, 1) for epoch in range(1, len(rates) + 1)] == pytest.approx(rates)
+
+
+def test_the_character_networks_are_what_their_names_say() -> None:
+    for name, cell, activation, join, steps in (
+        ("elman", "elman", "tanh", "concatenate", 20),
+        ("elman-add", "elman", "tanh", "add", 20),
+        ("elman-relu", "elman", "relu", "concatenate", 40),
+        ("jordan", "jordan", "tanh", "concatenate", 20),
+        ("lstm", "lstm", "tanh", "concatenate", 20),
+    ):
+        recipe = load_recipe(f"text8-{name}")
+        model, training = recipe.model, recipe.training
+        assert (model.cell, model.activation, model.join, training.num_steps) == (cell, activation, join, steps)
+        assert (model.embedding_size, recipe.data.tokens, recipe.data.unknown) == (0, "character", False)
+        assert (training.schedule, training.learning_rate, training.final_learning_rate) == ("exponential", 2.5, 0.1)
+
+
+def test_an_option_of_another_cell_is_refused() -> None:
+    for changes, expected in (
+        ({"model.join": "add"}, "model.join is an option of elman, not of lstm"),
+        ({"model.cell": "gru", "model.forget_bias": 1.0}, "model.forget_bias is an option of lstm, not of gru"),
+        ({"model.cell": "jordan"}, "model.embedding_size 0, one of model.hidden_sizes, model.dropout 0"),
+    ):
+        with pytest.raises(UnrolledError, match=expected):
+            Recipe().changed(changes)
 
 
 @pytest.mark.parametrize(

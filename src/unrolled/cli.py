@@ -42,6 +42,7 @@ SHORT_FORMS = {
     "training.seed": ["--seed"],
     "training.device": ["--device"],
     "training.precision": ["--precision"],
+    "training.sample_every": ["--sample-every"],
 }
 
 
@@ -174,6 +175,11 @@ def evaluate(
             ["nats per token", f"{answer['nll_nats'] / answer['tokens']:.4f}"],
             ["bits per token", f"{answer['bits_per_token']:.4f}"],
             ["bits per character", _number(answer["bits_per_character"], 4)],
+            *[
+                [f"{name.replace('_', ' ')}, teacher-forced", _number(answer["teacher_forced"][name], 4)]
+                for name in ("perplexity", "bits_per_character")
+                if "teacher_forced" in answer
+            ],
         ],
     )
 
@@ -267,6 +273,7 @@ def generate(
     top_p: float = 1.0,
     seed: Whole | None = None,
     unknown: bool = False,
+    random_start: bool = False,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
@@ -290,6 +297,8 @@ def generate(
         The same seed writes the same text.
     unknown
         Let <unk> be drawn.
+    random_start
+        Begin with a token drawn from all alike, instead of at the beginning of a line.
     """
     if prompt is not None and prompt_file is not None:
         raise UnrolledError("--prompt and --prompt-file exclude each other")
@@ -301,7 +310,14 @@ def generate(
 
     seed = new_seed() if seed is None else seed
     pieces = model.stream(
-        prompt, length=length, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, unknown=unknown
+        prompt,
+        length=length,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        unknown=unknown,
+        random_start=random_start,
     )
     if json:
         _print_json({"prompt": prompt, "text": "".join(pieces), "tokens": length, "seed": seed})
@@ -348,6 +364,72 @@ def inspect(run: RunFolder, /, *, json: Json = False) -> None:
     )
     if manifest["status"] == "done":
         _print_results(opened)
+
+
+@app.command
+def embeddings(
+    run: RunFolder,
+    /,
+    *words: Text,
+    k: Annotated[int, Parameter(name=["-k", "--k"])] = 10,
+    map: Path | None = None,
+    most: int = 300,
+    seed: int = 0,
+    json: Json = False,
+) -> None:
+    """What the model has learnt about its tokens: nearest neighbours by cosine, and a map.
+
+    Parameters
+    ----------
+    words
+        Tokens whose neighbours to list.
+    k
+        How many neighbours.
+    map
+        Draw the commonest tokens, like ones near each other (t-SNE), into this file: .png, .svg, .pdf, or .html to
+        zoom in.
+    most
+        How many tokens the map shows.
+    seed
+        Of the map's layout.
+    """
+    from unrolled.inference.embeddings import map_tokens, neighbours
+
+    if not words and map is None:
+        raise UnrolledError("nothing to do; name words, or a file with --map")
+    opened = _load(run, "cpu")
+    for word in (_utf8(word) for word in words):
+        found = neighbours(opened.model, opened.tokenizer, word, k)
+        if json:
+            _print_json({"word": word, "neighbours": [{"word": other, "cosine": value} for other, value in found]})
+            continue
+        print(f"{_shown(word)}", *(f"{value:9.3f}  {_shown(other)}" for other, value in found), sep="\n")
+    if map is not None:
+        from unrolled.report import write_map
+
+        tokens, places = map_tokens(opened.model, opened.tokenizer, most, seed)
+        unlabelled = write_map(tokens, places, map)
+        _notice(f"{map}: {len(tokens)} tokens" + f", {unlabelled} without room for a label" * bool(unlabelled))
+
+
+@app.command
+def report(*runs: RunFolder, out: Path | None = None, words: int = 300) -> None:
+    """One self-contained page about a run, or several side by side: curves, map, samples, recipe, provenance.
+
+    Parameters
+    ----------
+    out
+        The file; report.html in the run folder, or for several runs in this folder, when left out.
+    words
+        How many tokens the maps show; 0 for no maps.
+    """
+    from unrolled.report import write_report
+
+    if not runs:
+        raise UnrolledError("report takes a run folder, or several")
+    path = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    write_report([_load(run, "cpu") for run in runs], path, words)
+    print(path)
 
 
 @app.command
@@ -505,10 +587,16 @@ def _print_results(run: "Run") -> None:
         result = results[split]
         figures = _number(result["perplexity"], 2), _number(result["bits_per_character"], 3)
         rows.append([split, result["protocol"], f"{result['tokens']:,}", *figures])
+        if "teacher_forced" in result:
+            forced = result["teacher_forced"]
+            figures = _number(forced["perplexity"], 2), _number(forced["bits_per_character"], 3)
+            rows[-1][1] += ", own output"
+            rows.append([split, result["protocol"] + ", teacher-forced", f"{result['tokens']:,}", *figures])
     if results["valid_protocol"] == "paper":
-        rows.insert(0, ["valid", "paper", "", _number(results["valid_perplexity"], 2), ""])
-    rows.append(["test", "unigram", "", _number(results["unigram_test_perplexity"], 2), ""])
-    rows.append(["test", "uniform", "", f"{results['uniform_test_perplexity']:,}", ""])
+        named = "paper" + ", teacher-forced" * ("teacher_forced" in results["valid"])
+        rows.insert(0, ["valid", named, "", _number(results["valid_perplexity"], 2), ""])
+    yardsticks = [name for name in ("trigram", "bigram", "unigram", "uniform") if f"{name}_test_perplexity" in results]
+    rows += [["test", name, "", _number(results[f"{name}_test_perplexity"], 2), ""] for name in yardsticks]
     _print_table(["split", "protocol", "tokens", "perplexity", "bits per character"], rows)
     train_perplexity = _number(results["train_perplexity"], 2)
     print(

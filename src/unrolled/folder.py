@@ -188,7 +188,7 @@ def cut_metrics(path: Path, step: int, epoch: int) -> None:
     kept = [
         record
         for record in read_metrics(path)
-        if record["step"] <= step and ("valid_perplexity" not in record or record["epoch"] < epoch)
+        if record["step"] <= step and ("nll_nats_per_token" in record or record["epoch"] < epoch)  # a step, or an epoch
     ]
     write_whole(path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept).encode())
 

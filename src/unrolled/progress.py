@@ -68,6 +68,10 @@ class Display:
         if event["step"] == 1:
             nats, perplexity = event["nll_nats_per_token"], event["train_perplexity"]
             self._say(f"before training: {nats:.4f} nats a token, perplexity {perplexity:,.0f}")
+        if "valid_perplexity" in event:
+            self._say(f"step {event['step']:,}  valid {event['valid_perplexity']:,.2f}" + "  *" * event["best"])
+        if "sample" in event:
+            self._sample(event)
         if self.console.is_terminal:
             figures = (  # no wider than 80 columns with the bar
                 f"perplexity {event['train_perplexity']:.4g} {event['tokens_per_second']:,.0f}/s "
@@ -93,6 +97,11 @@ class Display:
             f"valid {event['valid_perplexity']:6,.2f} ({event['valid_protocol']}) rate {event['learning_rate']:.2g} "
             f"{event['tokens_per_second']:,.0f}/s {event['elapsed_s']:,.0f} s" + (" *" if event["best"] else "")
         )
+        if event.get("show_sample") and "sample" in event:
+            self._sample(event)
+
+    def _sample(self, event: dict[str, Any]) -> None:
+        self._say(f"sample after step {event['step']:,}: {event['sample']}")
 
     def _say(self, text: str) -> None:
         self.said_at = time.monotonic()

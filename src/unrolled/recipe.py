@@ -60,10 +60,10 @@ class Data(Section):
 class Model(Section):
     """The recurrent network."""
 
-    cell: Literal["lstm", "gru"] = "lstm"
+    cell: Literal["lstm", "gru", "elman", "jordan"] = "lstm"
     """One step of a layer."""
-    embedding_size: Count = 200
-    """Length of a token's vector."""
+    embedding_size: CountOrNone = 200
+    """Length of a token's vector; 0 for none: the first layer reads one-hot tokens."""
     hidden_sizes: Annotated[tuple[Count, ...], Field(min_length=1, max_length=64)] = (200, 200)
     """Units of each layer, from the bottom up."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -72,6 +72,22 @@ class Model(Section):
     """Weights begin uniform between minus this and this, biases at 0."""
     forget_bias: float = 0.0
     """Added to the LSTM's forget gate at the start; the references use none."""
+    activation: Literal["tanh", "relu"] = "tanh"
+    """Of elman and jordan."""
+    join: Literal["concatenate", "add"] = "concatenate"
+    """How elman joins input and previous hidden layer: one matrix over both, or one for each, with biases, added."""
+
+    @model_validator(mode="after")
+    def _options_belong_to_the_cell(self) -> Self:
+        for name, cells in (("forget_bias", ["lstm"]), ("activation", ["elman", "jordan"]), ("join", ["elman"])):
+            if self.cell not in cells and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"model.{name} is an option of {' and '.join(cells)}, not of {self.cell}")
+        if self.cell == "jordan" and (self.embedding_size or len(self.hidden_sizes) > 1 or self.dropout):
+            raise ValueError(
+                "jordan feeds its output back to one layer that reads one-hot tokens: "
+                "model.embedding_size 0, one of model.hidden_sizes, model.dropout 0"
+            )
+        return self
 
     @field_validator("hidden_sizes", mode="before")
     @classmethod
@@ -92,12 +108,16 @@ class Training(Section):
     """Plain stochastic gradient descent as in the references, or AdamW."""
     learning_rate: PositiveFloat = 1.0
     """The rate before any schedule lowers it."""
-    schedule: Literal["decay", "cosine"] = "decay"
-    """decay: times `decay` after every epoch past `constant_epochs`. cosine: warm-up, then half a cosine to 0."""
+    schedule: Literal["decay", "cosine", "exponential"] = "decay"
+    """decay: by epochs. cosine: warm-up, then half a cosine to 0. exponential: by a factor a step to the final one."""
     constant_epochs: CountOrNone = 4
-    """Epochs at the full rate; the first lower rate is the next epoch's (TensorFlow's convention)."""
+    """Epochs at the full rate under the decay schedule."""
     decay: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Factor on the rate for each epoch past `constant_epochs`."""
+    """Factor on the rate for each epoch after those."""
+    decay_convention: Literal["tensorflow", "lua"] = "tensorflow"
+    """tensorflow: the first lower rate is that of the epoch after `constant_epochs`. lua: one later, as Zaremba's."""
+    final_learning_rate: PositiveFloat = 0.1
+    """The rate of the last step under the exponential schedule."""
     warmup_steps: CountOrNone = 0
     """Steps over which the rate rises from 0 under the cosine schedule; no more than a tenth of all."""
     weight_decay: Annotated[float, Field(ge=0, le=1e6)] = 0.0
@@ -112,6 +132,12 @@ class Training(Section):
     """f32, or bf16 for the products with f32 weights (autocast)."""
     save_every_s: PositiveFloat = 60.0
     """Seconds between resume points within an epoch."""
+    valid_every: CountOrNone = 0
+    """Steps between validations within an epoch; 0 for one at its end only."""
+    sample_every: CountOrNone = 0
+    """Steps between samples of text that are shown; 0 for none. One is recorded at the end of every epoch anyhow."""
+    sample_length: Annotated[int, Field(ge=0, le=10_000)] = 100
+    """Tokens of a sample; 0 for no samples at all."""
 
     @field_validator("seed")
     @classmethod

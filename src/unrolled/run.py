@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -93,6 +92,10 @@ class Run:
             data: another corpus, file, folder, archive or `-`; None takes what the model was trained with.
             encoding: of `data`; None is UTF-8.
 
+        Returns:
+            The figures by name. A Jordan network goes by its own output; what it makes of the text when it is fed the
+            true previous token stands under "teacher_forced".
+
         Raises:
             UnrolledError: no such split or protocol, or the text is not to be had.
         """
@@ -104,14 +107,25 @@ class Run:
         if len(ids) < 2:
             raise UnrolledError(f"{corpus} holds {len(ids)} token; an evaluation takes two or more")
         training = self.recipe.training
+        windows = None
         if protocol == "paper" and split != "test":
             windows = Windows(ids, training.batch_size, training.num_steps)
-            result, counted = evaluate_paper(self.model, windows), windows.targets.ravel()
-        else:
-            result, counted = evaluate_exact(self.model, ids), ids[1:]
+        counted = ids[1:] if windows is None else windows.targets.ravel()
+        characters = self.tokenizer.characters(counted)
         unknown = 0 if self.tokenizer.unknown_id is None else int((counted == self.tokenizer.unknown_id).sum())
-        described = describe(result, self.tokenizer.characters(counted)) | {"unknown": unknown}
-        return {"run": str(self.path), "corpus": corpus, "split": split} | described | {"protocol": protocol}
+
+        def figures(teacher_forced: bool) -> dict[str, Any]:
+            if windows is not None:
+                return describe(evaluate_paper(self.model, windows, teacher_forced), characters)
+            return describe(evaluate_exact(self.model, ids, teacher_forced=teacher_forced), characters)
+
+        answer: dict[str, Any] = {"run": str(self.path), "corpus": corpus, "split": split, "unknown": unknown}
+        answer |= figures(False) | {"protocol": protocol}
+        if self.model.feeds_back_output:
+            names = ("nll_nats", "perplexity", "bits_per_token", "bits_per_character")
+            forced = figures(True)
+            answer["teacher_forced"] = {name: forced[name] for name in names}
+        return answer
 
     def _ids(self, split: str, data: str | None, encoding: str | None) -> tuple[str, str, np.ndarray]:
         """What the ids are of: the corpus, the split; and the ids."""
@@ -190,10 +204,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def num_parameters(model: Model, vocab_size: int) -> int:
-    """How many numbers the network of a recipe learns, without building it."""
-    sizes = [model.embedding_size, *model.hidden_sizes]
-    layers = sum(CELLS[model.cell].gates * h * (e + h + 1) for e, h in pairwise(sizes))
-    return vocab_size * (model.embedding_size + sizes[-1] + 1) + layers
+    """How many numbers the network of a recipe learns, without taking the memory for them."""
+    with torch.device("meta"):
+        return _network(model, vocab_size).num_parameters()
 
 
 def refuse_what_cannot_fit(needed: int) -> None:
@@ -217,6 +230,10 @@ def build_model(model: Model, vocab_size: int) -> LanguageModel:
         UnrolledError: it does not fit in memory.
     """
     refuse_what_cannot_fit(4 * num_parameters(model, vocab_size))
+    return _network(model, vocab_size)
+
+
+def _network(model: Model, vocab_size: int) -> LanguageModel:
     return LanguageModel(
         vocab_size,
         model.embedding_size,
@@ -224,7 +241,7 @@ def build_model(model: Model, vocab_size: int) -> LanguageModel:
         cell=model.cell,
         dropout=model.dropout,
         init_scale=model.init_scale,
-        forget_bias=model.forget_bias,
+        **{name: getattr(model, name) for name in CELLS[model.cell].options},
     )
 
 

@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis.strategies import integers
 from torch import nn
 from torch.nn import functional as F
 
@@ -13,7 +15,7 @@ from unrolled.data.batches import Windows
 from unrolled.data.dataset import prepare
 from unrolled.data.text import open_corpus
 from unrolled.data.tokens import Vocabulary
-from unrolled.inference.evaluate import evaluate_exact, evaluate_paper, unigram_perplexity
+from unrolled.inference.evaluate import evaluate_exact, evaluate_paper, ngram_perplexity
 from unrolled.nn.model import LanguageModel
 
 
@@ -126,8 +128,38 @@ def test_what_cannot_be_evaluated_is_said(toy_run: Run, arguments: dict[str, str
         toy_run.evaluate(**arguments)
 
 
+@given(n=integers(1, 4), length=integers(2, 30), seed=integers(0, 9))
+def test_ngrams_are_those_of_counts(n: int, length: int, seed: int) -> None:
+    source = np.random.default_rng(seed)
+    train, ids = source.integers(0, 3, 50).astype(np.uint8), source.integers(0, 3, length).astype(np.uint8)
+    text, nll_nats = train.tolist(), 0.0
+    for position in range(1, length):
+        order = min(n, position + 1)
+        context = ids[position - order + 1 : position].tolist()
+        after = [text[k + order - 1] for k in range(len(text) - order + 1) if text[k : k + order - 1] == context]
+        nll_nats -= math.log((after.count(int(ids[position])) + 1) / (len(after) + 3))
+    assert ngram_perplexity(train, ids, 3, n) == pytest.approx(math.exp(nll_nats / (length - 1)))
+
+
+def test_a_jordan_network_is_evaluated_by_its_own_output_or_by_the_teachers(ids: np.ndarray) -> None:
+    torch.manual_seed(3)
+    model = LanguageModel(40, 0, [6], cell="jordan", init_scale=1.0).train()
+    own, forced = (evaluate_exact(model, ids, teacher_forced=teacher) for teacher in (False, True))
+    assert own.nll_nats == pytest.approx(one_at_a_time(model.eval(), ids), rel=1e-5)
+    with model.teacher_forced(True):
+        assert forced.nll_nats == pytest.approx(one_at_a_time(model, ids), rel=1e-5)
+    assert own.nll_nats != pytest.approx(forced.nll_nats, rel=1e-3)
+    inputs, targets = (torch.from_numpy(part.astype(np.int64)) for part in (ids[:-1], ids[1:]))
+    for first, second in ((0, 40), (1, 41)):  # what a forced network says depends on the token before alone
+        with model.teacher_forced(True), torch.no_grad():
+            whole, _ = model(inputs[:60, None], model.initial_state(1))
+            alone, _ = model(inputs[second, None, None], model.initial_state(1))
+        torch.testing.assert_close(whole[second], alone[0])
+        assert first < second < len(targets)
+
+
 def test_unigram_is_that_of_counts() -> None:
     train, test = np.array([0, 0, 0, 1], np.uint8), np.array([2, 0, 1, 2], np.uint8)
     probabilities = np.array([4, 2, 1]) / 7
     expected = math.exp(-sum(math.log(probabilities[id]) for id in (0, 1, 2)) / 3)
-    assert unigram_perplexity(train, test, 3) == pytest.approx(expected)
+    assert ngram_perplexity(train, test, 3, 1) == pytest.approx(expected)

@@ -85,6 +85,17 @@ def test_draws_are_distributed_as_asked(options: dict[str, float], expected: dic
     assert drawn(**options) == pytest.approx(expected, abs=0.03)
 
 
+def test_a_random_start_draws_the_first_token_from_all_alike(toy_run: Run) -> None:
+    first = Counter(toy_run.generate(random_start=True, length=1, seed=seed) for seed in range(400))
+    known = {"\n" if word == "<eos>" else word for word in toy_run.tokenizer.vocabulary} - {"<unk>"}
+    assert set(first) == known
+    assert max(first.values()) < 40  # each some ten times
+    text = toy_run.generate(random_start=True, length=30, seed=1)
+    assert text == toy_run.generate(random_start=True, length=30, seed=1)
+    with pytest.raises(UnrolledError, match="exclude each other"):
+        toy_run.generate("the", random_start=True)
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [

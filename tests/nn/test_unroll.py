@@ -3,36 +3,46 @@
 import pytest
 import torch
 from hypothesis import given
-from hypothesis.strategies import integers
+from hypothesis.strategies import booleans, integers
 
-from unrolled.nn.cells import CELLS, Cell
-from unrolled.nn.unroll import detach, unroll, unroll_fused, unroll_plain
+from unrolled.nn.cells import CELLS
+from unrolled.nn.unroll import Unroll, detach, unroll, unroll_fused, unroll_plain, unroll_projected
+
+FAST: list[tuple[str, Unroll, bool]] = [
+    *[(name, unroll_projected, True) for name in CELLS],
+    *[(name, unroll_projected, False) for name in CELLS if name != "jordan"],
+    *[(name, unroll_fused, False) for name in ("lstm", "gru")],
+]
 
 
-@pytest.mark.parametrize("name", CELLS)
-@given(T=integers(1, 9), B=integers(1, 7), E=integers(1, 33), H=integers(1, 37))
-def test_fused_layer_agrees_with_plain_loop(name: str, T: int, B: int, E: int, H: int) -> None:
+@pytest.mark.parametrize(("name", "fast", "one_hot"), FAST)
+@given(T=integers(1, 9), B=integers(1, 7), E=integers(1, 33), H=integers(1, 37), training=booleans())
+def test_the_fast_way_agrees_with_the_plain_loop(
+    name: str, fast: Unroll, one_hot: bool, T: int, B: int, E: int, H: int, training: bool
+) -> None:
     torch.manual_seed(T + 10 * B + 100 * E + 1000 * H)
-    cell = CELLS[name](E, H)
+    cell = CELLS[name](E, H).train(training)
     torch.nn.init.uniform_(cell.bias_ih, -0.5, 0.5)
     results = []
-    inputs = torch.randn(T, B, E)
-    state = tuple(torch.randn(B, H) for _ in cell.initial_state(B))
-    weights = torch.randn(T, B, H)
-    for way in (unroll_plain, unroll_fused):
-        x, s = inputs.clone().requires_grad_(), tuple(part.clone().requires_grad_() for part in state)
+    inputs = torch.randint(E, (T, B)) if one_hot else torch.randn(T, B, E)
+    state = tuple(torch.randn_like(part) for part in cell.initial_state(B))
+    weights = torch.randn(T, B, E if cell.decodes else H)
+    for way in (unroll_plain, fast):
+        x = inputs if one_hot else inputs.clone().requires_grad_()
+        s = tuple(part.clone().requires_grad_() for part in state)
         outputs, after = way(cell, x, s)
         objective = (outputs * weights).sum() + sum(part.square().sum() for part in after)
-        gradients = torch.autograd.grad(objective, [x, *s, *cell.parameters()])
+        given_values = [*s, *cell.parameters(), *([] if one_hot else [x])]
+        gradients = torch.autograd.grad(objective, given_values, allow_unused=True, materialize_grads=True)
         results.append([outputs, *after, *gradients])
-    for plain, fused in zip(*results, strict=True):
-        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5 * max(1.0, plain.abs().max().item()))
+    for plain, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-5 * max(1.0, plain.abs().max().item()))
 
 
 @pytest.mark.parametrize("name", CELLS)
 def test_two_windows_are_one_long_window(name: str) -> None:
-    cell = CELLS[name](5, 6)
-    inputs = torch.randn(10, 3, 5)
+    cell = CELLS[name](5, 6).eval()
+    inputs = torch.randint(5, (10, 3))
     whole, end = unroll(cell, inputs, cell.initial_state(3))
     first, middle = unroll(cell, inputs[:4], cell.initial_state(3))
     second, last = unroll(cell, inputs[4:], middle)
@@ -52,21 +62,9 @@ def test_gradients_stop_at_a_detached_state() -> None:
     assert [part.tolist() for part in cut] == [part.tolist() for part in state]
 
 
-def test_a_cell_that_torch_does_not_have_is_refused() -> None:
-    class Other(Cell):
-        gates = 1
-
-        def initial_state(self, batch_size: int) -> tuple[torch.Tensor, ...]:
-            return (torch.zeros(batch_size, self.hidden_size),)
-
-        def forward(
-            self, inputs: torch.Tensor, state: tuple[torch.Tensor, ...]
-        ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-            output = (inputs @ self.weight_ih.T + state[0] @ self.weight_hh.T + self.bias_ih).tanh()
-            return output, (output,)
-
-    cell = Other(2, 3)
-    with pytest.raises(TypeError, match="no fused layer for Other"):
-        unroll_fused(cell, torch.randn(4, 1, 2), cell.initial_state(1))
-    outputs, _ = unroll(cell, torch.randn(4, 1, 2), cell.initial_state(1))
-    assert outputs.shape == (4, 1, 3)
+def test_what_torch_has_no_fused_layer_for_is_refused() -> None:
+    elman, lstm = CELLS["elman"](2, 3), CELLS["lstm"](2, 3)
+    with pytest.raises(TypeError, match="no fused layer for Elman"):
+        unroll_fused(elman, torch.randn(4, 1, 2), elman.initial_state(1))
+    with pytest.raises(TypeError, match="take vectors, not ids"):
+        unroll_fused(lstm, torch.zeros(4, 1, dtype=torch.int64), lstm.initial_state(1))

@@ -1,6 +1,7 @@
 """Rates, clipping, optimisers."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,6 +15,20 @@ def test_the_rate_of_ptb_small_halves_from_the_fifth_epoch() -> None:
     training = load_recipe("ptb-small").training
     rates = [learning_rate(training, epoch, 0, 1) for epoch in range(1, 14)]
     assert rates == [1.0] * 4 + [0.5**n for n in range(1, 10)]
+
+
+def test_the_lua_original_lowers_the_rate_an_epoch_later() -> None:
+    training = load_recipe("ptb-small").changed({"training.decay_convention": "lua"}).training
+    assert [learning_rate(training, epoch, 0, 1) for epoch in range(1, 8)] == [1.0] * 5 + [0.5, 0.25]
+
+
+def test_the_exponential_rate_falls_by_one_factor_a_step_to_the_final_one() -> None:
+    training = Training(schedule="exponential", learning_rate=2.5, final_learning_rate=0.1)
+    rates = [learning_rate(training, 1, step, 101) for step in range(101)]
+    assert (rates[0], rates[-1]) == (2.5, pytest.approx(0.1))
+    factors = [b / a for a, b in pairwise(rates)]
+    assert factors == pytest.approx([0.04**0.01] * 100)
+    assert learning_rate(training, 1, 0, 1) == 2.5
 
 
 def test_the_cosine_warms_up_and_ends_at_zero() -> None:

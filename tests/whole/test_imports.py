@@ -24,8 +24,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipe": set(),
     "folder": {"recipe", "data"},
     "run": {"recipe", "data", "nn", "inference", "folder"},
-    "training": {"training", "recipe", "data", "nn", "folder", "run", "inference/evaluate"},
+    "training": {"training", "recipe", "data", "nn", "folder", "run", "inference/evaluate", "inference/generate"},
     "progress": set(),
+    "report": {"run", "folder", "inference", "recipe"},
     "cli": {"recipe"},
     "__main__": {"cli"},
     "__init__": set(),
@@ -34,7 +35,7 @@ ORDER = {
     "data": ["embedded", "archives", "reading", "text", "words", "tokens", "dataset", "batches"],
     "nn": ["cells", "unroll", "model", "loss"],
     "training": ["optim", "resume", "loop"],
-    "inference": ["evaluate", "score", "generate"],
+    "inference": ["evaluate", "score", "generate", "embeddings"],
 }
 """Within a folder a module imports only those before it."""
 
@@ -81,6 +82,7 @@ ON_DISK = {
     "threads",
     "recipe",
     "folder",
+    "report",
     "cli",
 }
 WRITERS = ("write_text", "write_bytes", "write_whole", "written_whole", "unlink", "mkdir", "rename")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import unrolled
+from unrolled.data.dataset import prepare_with
 from unrolled.data.embedded import toy_entropy_rate
 from unrolled.data.reading import Corpus
-from unrolled.data.text import cache_folder
+from unrolled.data.text import cache_folder, open_corpus
 from unrolled.folder import read_metrics, read_tensors, write_tensors
 from unrolled.nn.model import LanguageModel
 from unrolled.nn.unroll import unroll_plain
@@ -95,6 +97,65 @@ def test_the_plain_loop_trains_to_where_the_fused_layer_does(tmp_path: Path, mon
     monkeypatch.setattr("unrolled.nn.model.unroll", unroll_plain)
     plain = unrolled.train("demo", data="toy", out=tmp_path / "plain", changes=changes)
     assert plain.evaluate()["perplexity"] == pytest.approx(fused.evaluate()["perplexity"], rel=1e-3)
+
+
+def test_a_teacher_forced_jordan_network_reaches_the_bigrams_of_its_text_and_no_more(tmp_path: Path) -> None:
+    changes = {
+        "data.corpus": "toy",
+        "model.hidden_sizes": "32",
+        "training.max_epochs": 3,
+        "training.learning_rate": 1.0,
+        "training.max_grad_norm": 5.0,
+    }
+    run = unrolled.train("text8-jordan", out=tmp_path / "run", changes=changes)
+    ids = prepare_with(open_corpus("toy"), run.tokenizer).ids["train"]
+    counts = np.zeros((len(run.tokenizer),) * 2)
+    np.add.at(counts, (ids[:-1], ids[1:]), 1)
+    of_row = counts.sum(axis=1, keepdims=True)
+    conditional = np.divide(counts, of_row, out=np.ones_like(counts), where=counts > 0)
+    bigram = math.exp(-(counts * np.log(conditional)).sum() / counts.sum())
+    reached = run.evaluate("train")
+    assert bigram * (1 - 1e-6) < reached["teacher_forced"]["perplexity"] < bigram * 1.01
+    assert reached["perplexity"] > bigram * 1.01  # by its own output, which it was not trained with, it does worse
+    results = run.manifest["results"]
+    assert results["test"]["teacher_forced"]["perplexity"] == pytest.approx(results["bigram_test_perplexity"], rel=0.01)
+
+
+def test_samples_are_shown_when_asked_for_and_change_nothing(tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    changes = SMALL | {"training.max_epochs": 1, "model.dropout": 0.2}
+    silent = unrolled.train("demo", data="toy", out=tmp_path / "silent", changes=changes)
+    asked = changes | {"training.sample_every": 40, "training.valid_every": 60, "training.sample_length": 12}
+    unrolled.train("demo", data="toy", out=tmp_path / "asked", changes=asked, progress=events.append)
+    steps = [event["step"] for event in events if event["event"] == "step" and "sample" in event]
+    assert steps == list(range(40, silent.manifest["steps"], 40))
+    assert [e["step"] for e in events if e["event"] == "step" and "valid_perplexity" in e] == list(
+        range(60, silent.manifest["steps"], 60)
+    )
+    name = "last/resume.safetensors"
+    mine, theirs = (read_tensors(tmp_path / run / name)[0] for run in ("silent", "asked"))
+    assert all(torch.equal(mine[tensor], theirs[tensor]) for tensor in mine)
+    (at_the_end,) = [record["sample"] for record in read_metrics(silent.path) if "sample" in record]
+    assert 20 <= len(at_the_end.split()) <= 100
+
+
+def test_a_sample_is_the_same_after_a_break(tmp_path: Path) -> None:
+    changes = SMALL | {"training.sample_every": 30, "training.valid_every": 45}
+    whole = unrolled.train("demo", data="toy", out=tmp_path / "whole", changes=changes)
+    path = tmp_path / "broken"
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 100:
+            signal.raise_signal(signal.SIGINT)
+
+    unrolled.train("demo", data="toy", out=path, changes=changes, progress=stop)
+    broken = unrolled.train(None, out=path, resume=True)
+    times = ("elapsed_s", "tokens_per_second")
+    timeless = [
+        [{name: value for name, value in record.items() if name not in times} for record in read_metrics(run.path)]
+        for run in (whole, broken)
+    ]
+    assert timeless[0] == timeless[1]
 
 
 def test_ptb_begins_at_the_loss_of_the_uniform(ptb: str, tmp_path: Path) -> None:

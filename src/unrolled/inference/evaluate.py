@@ -1,5 +1,8 @@
 """Perplexity of a text, by a protocol that is named: sum nats, sum counts, divide once.
 
+A Jordan network can be fed its own output, as at test time, or the true previous token (`teacher_forced`); others take
+no notice.
+
 exact   One stream from the first target to the last, each counted once, the state carried throughout. The figure
         depends neither on the window length nor on how the work is batched inside.
 paper   What the reference code does to its validation text: `batch_size` streams in windows of `num_steps`, the tail
@@ -12,7 +15,6 @@ import numpy as np
 import torch
 
 from unrolled.data.batches import Windows
-from unrolled.data.tokens import sum_counts
 from unrolled.nn.loss import bits_per, loss, perplexity
 from unrolled.nn.model import LanguageModel
 from unrolled.nn.unroll import LayerStates
@@ -43,21 +45,26 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate_paper(model: LanguageModel, windows: Windows) -> Evaluation:
+def evaluate_paper(model: LanguageModel, windows: Windows, teacher_forced: bool = False) -> Evaluation:
     """The targets of `windows`, the state zero at the start and carried from one to the next; their tail is dropped."""
     model.eval()
     state, nll_nats, tokens = model.initial_state(len(windows.streams)), 0.0, 0
-    for inputs, targets in windows:
-        logits, state = model(inputs.to(model.device), state)
-        nll, count = loss(logits, targets.to(model.device))
-        nll_nats += nll.item()
-        tokens += count
+    with model.teacher_forced(teacher_forced):
+        for inputs, targets in windows:
+            logits, state = model(inputs.to(model.device), state)
+            nll, count = loss(logits, targets.to(model.device))
+            nll_nats += nll.item()
+            tokens += count
     return Evaluation("paper", tokens, nll_nats)
 
 
 @torch.inference_mode()
 def evaluate_exact(
-    model: LanguageModel, ids: np.ndarray, batch_size: int = 32, num_steps: int | None = None
+    model: LanguageModel,
+    ids: np.ndarray,
+    batch_size: int = 32,
+    num_steps: int | None = None,
+    teacher_forced: bool = False,
 ) -> Evaluation:
     """One stream over `ids` (N,): N - 1 targets, each with all that comes before it as its context.
 
@@ -71,6 +78,7 @@ def evaluate_exact(
         ids: (N,), any integer type, N at least 2.
         batch_size: the most segments; texts below 1,000 tokens a segment take fewer.
         num_steps: tokens at a time; None fits it to the memory for logits.
+        teacher_forced: for a Jordan network.
 
     Raises:
         ValueError: there is no target.
@@ -81,15 +89,20 @@ def evaluate_exact(
     model.eval()
     segments = max(1, min(batch_size, targets // _SEGMENT_TOKENS))
     steps = num_steps or min(128, max(1, _LOGITS_AT_ONCE // (segments * model.vocab_size)))
+    with model.teacher_forced(teacher_forced):
+        return Evaluation("exact", targets, _exact_nats(model, ids, segments, steps))
+
+
+def _exact_nats(model: LanguageModel, ids: np.ndarray, segments: int, num_steps: int) -> float:
     begin = model.initial_state(segments)
     for _ in range(min(segments, _SWEEPS)):
-        nll_nats, end = _sweep(model, ids, begin, segments, steps)
+        nll_nats, end = _sweep(model, ids, begin, segments, num_steps)
         follow = _following(end)
         if _near(begin, follow):
-            return Evaluation("exact", targets, nll_nats)
+            return nll_nats
         begin = follow
-    nll_nats, _ = _sweep(model, ids, model.initial_state(1), 1, steps)
-    return Evaluation("exact", targets, nll_nats)
+    nll_nats, _ = _sweep(model, ids, model.initial_state(1), 1, num_steps)
+    return nll_nats
 
 
 def _sweep(
@@ -128,8 +141,29 @@ def _near(a: LayerStates, b: LayerStates) -> bool:
     return all(torch.allclose(x, y, rtol=_SAME_STATE, atol=_SAME_STATE) for x, y in pairs)
 
 
-def unigram_perplexity(train_ids: np.ndarray, ids: np.ndarray, vocab_size: int) -> float:
-    """Perplexity of the targets `ids[1:]` under the counts of the training text, one added to each: a yardstick."""
-    counts = sum_counts(train_ids, vocab_size) + 1
-    nll_nats = -float(sum_counts(ids[1:], vocab_size) @ np.log(counts / counts.sum()))
+def ngram_perplexity(train_ids: np.ndarray, ids: np.ndarray, vocab_size: int, n: int) -> float:
+    """Perplexity of the targets `ids[1:]` under the n-grams of the training text, one added to each count: a yardstick.
+
+    A target is predicted from the n - 1 ids before it, or as many as there are from ids[0] on. Takes V**n counts.
+    """
+    nll_nats = 0.0
+    for order in range(2, n):  # the target with order - 1 ids before it
+        nll_nats += _ngram_nats(train_ids, ids[:order], vocab_size, order)
+    nll_nats += _ngram_nats(train_ids, ids[n == 1 :], vocab_size, n)
     return perplexity(nll_nats, len(ids) - 1)
+
+
+def _ngram_nats(train_ids: np.ndarray, ids: np.ndarray, vocab_size: int, n: int) -> float:
+    counts = _ngram_counts(train_ids, vocab_size, n) + 1
+    log_probs = np.log(counts / counts.sum(axis=-1, keepdims=True))
+    return -float((_ngram_counts(ids, vocab_size, n) * log_probs).sum())
+
+
+def _ngram_counts(ids: np.ndarray, vocab_size: int, n: int) -> np.ndarray:
+    """How often each n ids stand in a row, (V**(n - 1), V); in blocks, for the text may not fit in memory."""
+    counts = np.zeros(vocab_size**n, np.int64)
+    for first in range(0, len(ids) - n + 1, 1 << 20):
+        block = ids[first : first + (1 << 20) + n - 1].astype(np.int64)
+        numbers = sum(block[place : len(block) - n + 1 + place] * vocab_size ** (n - 1 - place) for place in range(n))
+        counts += np.bincount(numbers, minlength=len(counts))
+    return counts.reshape(-1, vocab_size)

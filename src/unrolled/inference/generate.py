@@ -73,6 +73,7 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     unknown: bool = False,
+    random_start: bool = False,
 ) -> Iterator[str]:
     """Draws `length` tokens after `prompt`; yields the text that each adds, as it is drawn.
 
@@ -86,6 +87,7 @@ def generate(
         top_p: draw among the fewest likeliest whose probabilities sum to at least this; 1 for all.
         seed: of the draw; the same seed gives the same text. None takes a new one.
         unknown: whether `<unk>` may be drawn.
+        random_start: in place of a prompt, the first token is drawn from all alike and read from the zero state.
 
     Raises:
         UnrolledError: an option is out of bounds, or the prompt is not in the vocabulary of a model without `<unk>`.
@@ -102,8 +104,17 @@ def generate(
         raise UnrolledError(f"seed must be at least 0 and below 2 to the 63rd, not {seed}")
     if not unknown and tokenizer.unknown_id is not None and len(tokenizer) == 1:
         raise UnrolledError("nothing can be drawn: the vocabulary holds <unk> alone")
-    log_probs, state = read_prefix(model, tokenizer, prompt)
-    return _drawn(model, tokenizer, prompt, log_probs, state, length, temperature, top_k, top_p, seed, unknown)
+    if random_start and prompt:
+        raise UnrolledError("--random-start and a prompt exclude each other")
+    source = torch.Generator().manual_seed(new_seed() if seed is None else seed)
+    log_probs, state = (None, model.initial_state(1)) if random_start else read_prefix(model, tokenizer, prompt)
+    return _drawn(model, tokenizer, prompt, log_probs, state, length, temperature, top_k, top_p, source, unknown)
+
+
+def sample(model: LanguageModel, tokenizer: Tokenizer, length: int, seed: int) -> str:
+    """A text of `length` tokens from a random first one, drawn from the distribution as it is."""
+    unknown = len(tokenizer) == 1
+    return "".join(generate(model, tokenizer, length=length, seed=seed, unknown=unknown, random_start=True))
 
 
 def new_seed() -> int:
@@ -115,24 +126,26 @@ def _drawn(
     model: LanguageModel,
     tokenizer: Tokenizer,
     prompt: str,
-    log_probs: Tensor,
+    log_probs: Tensor | None,
     state: LayerStates,
     length: int,
     temperature: float,
     top_k: int,
     top_p: float,
-    seed: int | None,
+    source: torch.Generator,
     unknown: bool,
 ) -> Iterator[str]:
-    source = torch.Generator().manual_seed(new_seed() if seed is None else seed)
     write = tokenizer.decoder()
     for id in tokenizer.encode(prompt).tolist():  # so that the text goes on where the prompt ends
         write(id)
     for _ in range(length):
-        allowed = log_probs.cpu().clone()
+        allowed = torch.zeros(len(tokenizer)) if log_probs is None else log_probs.cpu().clone()
         if not unknown and tokenizer.unknown_id is not None:
             allowed[tokenizer.unknown_id] = -torch.inf
-        id = draw(allowed, source, temperature, top_k, top_p)
+        if log_probs is None:  # the first token of a random start, drawn from all alike
+            id = draw(allowed, source, temperature=1.0, top_k=0, top_p=1.0)
+        else:
+            id = draw(allowed, source, temperature, top_k, top_p)
         yield write(id)
         with torch.inference_mode():
             logits, state = model(torch.tensor([[id]], device=model.device), state)

@@ -6,50 +6,74 @@ that a gate set has one bias vector here (`bias_ih`), as in the references; `tor
 """
 
 from abc import ABC, abstractmethod
-from typing import TypeAlias, final
+from typing import ClassVar, Literal, TypeAlias, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 State: TypeAlias = tuple[Tensor, ...]
-"""What a cell carries from one step to the next, each tensor (B, H)."""
+"""What a cell carries from one step to the next, each tensor (B, H), a Jordan cell's (B, V)."""
+
+Activation: TypeAlias = Literal["tanh", "relu"]
+_ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
 
 
 class Cell(nn.Module, ABC):
     """The contract: one step over B streams.
 
     `forward(inputs (B, E), state) -> (output (B, H), state)`. Output and state are separate, because a network may
-    feed back something other than what it puts out. Every gate set is one product over the input and one over the
-    previous hidden layer, so all cells share these parameters:
+    feed back something other than what it puts out. Inputs may also be ids (B,), which stand for one-hot vectors of
+    length E: they pick columns of the first matrix, and no such vector is ever made.
 
-    Shapes: weight_ih (G*H, E), weight_hh (G*H, H), bias_ih (G*H,) for G gates.
+    A step is in two parts, `step(project(inputs), state)`: the input's part does not wait for the state, so that of a
+    whole window is one product. Every gate set is one product over the input and one over what is fed back, so all
+    cells share these parameters:
+
+    Shapes: weight_ih (G*H, E), weight_hh (G*H, F), bias_ih (G*H,) for G gates and F fed-back units, which are H.
     """
 
     gates: int
     """G, how many vectors of length H one step computes."""
+    options: ClassVar[tuple[str, ...]] = ()
+    """The names of what else the cell is made with."""
+    decodes = False
+    """Whether the output is logits (B, V) already, so that no decoder belongs on top."""
 
-    def __init__(self, input_size: int, hidden_size: int) -> None:
+    def __init__(self, input_size: int, hidden_size: int, feedback_size: int | None = None) -> None:
         super().__init__()
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.weight_ih = nn.Parameter(torch.empty(self.gates * hidden_size, input_size))
-        self.weight_hh = nn.Parameter(torch.empty(self.gates * hidden_size, hidden_size))
+        self.weight_hh = nn.Parameter(torch.empty(self.gates * hidden_size, feedback_size or hidden_size))
         self.bias_ih = nn.Parameter(torch.empty(self.gates * hidden_size))
         self.reset_parameters(hidden_size**-0.5)
 
     def reset_parameters(self, init_scale: float) -> None:
         """Weights uniform in [-init_scale, init_scale], biases zero."""
-        nn.init.uniform_(self.weight_ih, -init_scale, init_scale)
-        nn.init.uniform_(self.weight_hh, -init_scale, init_scale)
-        nn.init.zeros_(self.bias_ih)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.uniform_(parameter, -init_scale, init_scale)
+            else:
+                nn.init.zeros_(parameter)
 
-    @abstractmethod
     def initial_state(self, batch_size: int) -> State:
         """The zero state of `batch_size` streams, on the parameters' device."""
+        return (self.weight_hh.new_zeros(batch_size, self.weight_hh.shape[1]),)
+
+    def project(self, inputs: Tensor) -> Tensor:
+        """The input's part of any number of steps: inputs (…, E), or ids (…), -> (…, G*H)."""
+        if inputs.is_floating_point():
+            return F.linear(inputs, self.weight_ih, self.bias_ih)
+        return F.embedding(inputs, self.weight_ih.T) + self.bias_ih
 
     @abstractmethod
+    def step(self, projected: Tensor, state: State) -> tuple[Tensor, State]:
+        """The rest of a step. projected (B, G*H), state as from `initial_state` -> output (B, H), next state."""
+
     def forward(self, inputs: Tensor, state: State) -> tuple[Tensor, State]:
-        """One step. inputs (B, E), state as from `initial_state` -> output (B, H), next state."""
+        """One step. inputs (B, E) or ids (B,), state as from `initial_state` -> output (B, H), next state."""
+        return self.step(self.project(inputs), state)
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}"
@@ -71,6 +95,7 @@ class LSTM(Cell):
     """
 
     gates = 4
+    options = ("forget_bias",)
 
     def __init__(self, input_size: int, hidden_size: int, forget_bias: float = 0.0) -> None:
         self.forget_bias = forget_bias
@@ -82,12 +107,11 @@ class LSTM(Cell):
             self.bias_ih[self.hidden_size : 2 * self.hidden_size] += self.forget_bias
 
     def initial_state(self, batch_size: int) -> State:
-        zeros = self.weight_hh.new_zeros(batch_size, self.hidden_size)
-        return zeros, zeros.clone()
+        return super().initial_state(batch_size) + super().initial_state(batch_size)
 
-    def forward(self, inputs: Tensor, state: State) -> tuple[Tensor, State]:
+    def step(self, projected: Tensor, state: State) -> tuple[Tensor, State]:
         h, c = state
-        i, f, g, o = (inputs @ self.weight_ih.T + h @ self.weight_hh.T + self.bias_ih).chunk(4, dim=-1)
+        i, f, g, o = (projected + h @ self.weight_hh.T).chunk(4, dim=-1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
         return h, (h, c)
@@ -110,12 +134,9 @@ class GRU(Cell):
 
     gates = 3
 
-    def initial_state(self, batch_size: int) -> State:
-        return (self.weight_hh.new_zeros(batch_size, self.hidden_size),)
-
-    def forward(self, inputs: Tensor, state: State) -> tuple[Tensor, State]:
+    def step(self, projected: Tensor, state: State) -> tuple[Tensor, State]:
         (h,) = state
-        from_input = (inputs @ self.weight_ih.T + self.bias_ih).chunk(3, dim=-1)
+        from_input = projected.chunk(3, dim=-1)
         from_hidden = (h @ self.weight_hh.T).chunk(3, dim=-1)
         r = (from_input[0] + from_hidden[0]).sigmoid()
         z = (from_input[1] + from_hidden[1]).sigmoid()
@@ -124,5 +145,88 @@ class GRU(Cell):
         return h, (h,)
 
 
-CELLS: dict[str, type[Cell]] = {"lstm": LSTM, "gru": GRU}
+@final
+class Elman(Cell):
+    r"""The simple recurrent network: the hidden layer is fed back.
+
+    .. math:: h_t = \phi(W_{ih} x_t + W_{hh} h_{t-1} + b)
+
+    Elman 1990, "Finding structure in time", fig. 2. Departs from it: :math:`\phi` is tanh or ReLU, not the logistic
+    function, and gradients reach back through the window, not one step.
+
+    `join` says how input and feedback meet. "concatenate": one matrix over [x_t; h_{t-1}], which is
+    [W_ih, W_hh], with one bias. "add": the two are transformed apart, each with its own bias, and added, as
+    `torch.nn.RNNCell` does. The two compute the same functions; only the bias is learnt twice as fast when added.
+
+    Shapes: inputs (B, E), state (h (B, H),), output h (B, H); with "add" also bias_hh (H,).
+    """
+
+    gates = 1
+    options = ("activation", "join")
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        activation: Activation = "tanh",
+        join: Literal["concatenate", "add"] = "concatenate",
+    ) -> None:
+        super().__init__(input_size, hidden_size)
+        self.activation = _ACTIVATIONS[activation]
+        self.bias_hh = nn.Parameter(torch.zeros(hidden_size)) if join == "add" else None
+
+    def step(self, projected: Tensor, state: State) -> tuple[Tensor, State]:
+        (h,) = state
+        h = self.activation(projected + F.linear(h, self.weight_hh, self.bias_hh))
+        return h, (h,)
+
+
+@final
+class Jordan(Cell):
+    r"""The output is fed back: a distribution over the V tokens, which the cell therefore computes itself.
+
+    .. math::
+        h_t &= \phi(W_{ih} x_t + W_{hh} y_{t-1} + b) \\
+        y_t &= \mathrm{softmax}(W_{ho} h_t + b_{ho})
+
+    Jordan 1986, "Serial order: a parallel distributed processing approach". Departs from it: the output is a
+    distribution, and it is fed back without a decaying trace of earlier outputs.
+
+    With teacher forcing the true previous output stands in the place of :math:`y_{t-1}`. That *is* the current input:
+    what should have come out at t - 1 is the token that goes in at t. So nothing older than :math:`x_t` has a say, and
+    the network is a first-order Markov chain, no better than the bigrams of its text. `teacher_forcing` is on in
+    training mode and off in evaluation mode, where the network goes by what it put out itself.
+
+    Shapes: inputs ids (B,), state (y (B, V),), output logits (B, V); weight_ho (V, H), bias_ho (V,).
+    """
+
+    gates = 1
+    options = ("activation",)
+    decodes = True
+
+    def __init__(self, input_size: int, hidden_size: int, activation: Activation = "tanh") -> None:
+        super().__init__(input_size, hidden_size, feedback_size=input_size)
+        self.activation = _ACTIVATIONS[activation]
+        self.weight_ho = nn.Parameter(torch.empty(input_size, hidden_size))
+        self.bias_ho = nn.Parameter(torch.empty(input_size))
+        self.reset_parameters(hidden_size**-0.5)
+        self.teacher_forcing = True
+
+    def train(self, mode: bool = True) -> "Jordan":
+        """Training mode forces the teacher, evaluation mode does not."""
+        self.teacher_forcing = mode
+        return super().train(mode)
+
+    def project(self, inputs: Tensor) -> Tensor:
+        projected = super().project(inputs)
+        return projected + F.embedding(inputs, self.weight_hh.T) if self.teacher_forcing else projected
+
+    def step(self, projected: Tensor, state: State) -> tuple[Tensor, State]:
+        (y,) = state
+        h = self.activation(projected if self.teacher_forcing else projected + y @ self.weight_hh.T)
+        logits = F.linear(h, self.weight_ho, self.bias_ho)
+        return logits, (logits.softmax(-1),)
+
+
+CELLS: dict[str, type[Cell]] = {"lstm": LSTM, "gru": GRU, "elman": Elman, "jordan": Jordan}
 """Cells by the name that a recipe calls them."""

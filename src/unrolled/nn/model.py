@@ -1,13 +1,14 @@
 """The language model: embedding -> stacked recurrent layers -> decoder."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
-from typing import cast, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
 
-from unrolled.nn.cells import CELLS, Cell
+from unrolled.nn.cells import CELLS, Cell, Jordan
 from unrolled.nn.unroll import LayerStates, Unroll, unroll
 
 
@@ -20,12 +21,12 @@ class LanguageModel(nn.Module):
 
     Args:
         vocab_size: V, the number of distinct ids.
-        embedding_size: E, the length of a token's vector.
+        embedding_size: E, the length of a token's vector; 0 for none, so that the first layer reads one-hot tokens.
         hidden_sizes: H of each of the L layers, from the bottom up.
         cell: a name in `CELLS`.
         dropout: the probability that a unit is dropped (1 - "keep probability").
         init_scale: every weight begins uniform in [-init_scale, init_scale], every bias at zero.
-        forget_bias: added to the LSTM's forget gate at the start; the references use none.
+        cell_options: what else the cell is made with, such as `forget_bias` or `activation`.
     """
 
     def __init__(
@@ -36,15 +37,15 @@ class LanguageModel(nn.Module):
         cell: str = "lstm",
         dropout: float = 0.0,
         init_scale: float = 0.1,
-        forget_bias: float = 0.0,
+        **cell_options: Any,
     ) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(vocab_size, embedding_size)
-        sizes = [embedding_size, *hidden_sizes]
-        options = {"forget_bias": forget_bias} if cell == "lstm" else {}
-        cells = nn.ModuleList(CELLS[cell](e, h, **options) for e, h in pairwise(sizes))
+        self.vocab_size = vocab_size
+        self.embedding = nn.Embedding(vocab_size, embedding_size) if embedding_size else nn.Identity()
+        sizes = [embedding_size or vocab_size, *hidden_sizes]
+        cells = nn.ModuleList(CELLS[cell](e, h, **cell_options) for e, h in pairwise(sizes))
         self.layers = cast("Sequence[Cell]", cells)
-        self.decoder = nn.Linear(sizes[-1], vocab_size)
+        self.decoder = nn.Identity() if CELLS[cell].decodes else nn.Linear(sizes[-1], vocab_size)
         self.dropout = nn.Dropout(dropout)
         self.unroll: Unroll = unroll
         self.reset_parameters(init_scale)
@@ -55,21 +56,41 @@ class LanguageModel(nn.Module):
         Biases begin at zero (Zaremba et al. draw them too): the loss before training is then ln V whatever the seed,
         which is worth more as a check than the noise of a few frequent words' biases.
         """
-        nn.init.uniform_(self.embedding.weight, -init_scale, init_scale)
-        nn.init.uniform_(self.decoder.weight, -init_scale, init_scale)
-        nn.init.zeros_(self.decoder.bias)
+        if isinstance(self.embedding, nn.Embedding):
+            nn.init.uniform_(self.embedding.weight, -init_scale, init_scale)
+        if isinstance(self.decoder, nn.Linear):
+            nn.init.uniform_(self.decoder.weight, -init_scale, init_scale)
+            nn.init.zeros_(self.decoder.bias)
         for cell in self.layers:
             cell.reset_parameters(init_scale)
 
     @property
-    def vocab_size(self) -> int:
-        """V, the number of distinct ids."""
-        return self.embedding.num_embeddings
-
-    @property
     def device(self) -> torch.device:
         """Where the parameters are, and so where inputs have to be."""
-        return self.embedding.weight.device
+        return self.layers[0].weight_ih.device
+
+    @property
+    def token_vectors(self) -> Tensor:
+        """A vector for each token, (V, E): the embedding, or the first matrix's columns where inputs are one-hot."""
+        return self.embedding.weight if isinstance(self.embedding, nn.Embedding) else self.layers[0].weight_ih.T
+
+    @property
+    def feeds_back_output(self) -> bool:
+        """Whether this is a Jordan network, whose figures differ with teacher forcing and without."""
+        return isinstance(self.layers[0], Jordan)
+
+    @contextmanager
+    def teacher_forced(self, forced: bool) -> Iterator[None]:
+        """Within it, a Jordan network is fed the true previous token, or its own output; other cells take no notice."""
+        cells = [cell for cell in self.layers if isinstance(cell, Jordan)]
+        before = [cell.teacher_forcing for cell in cells]
+        for cell in cells:
+            cell.teacher_forcing = forced
+        try:
+            yield
+        finally:
+            for cell, was in zip(cells, before, strict=True):
+                cell.teacher_forcing = was
 
     def initial_state(self, batch_size: int) -> LayerStates:
         """The zero state of `batch_size` streams."""
@@ -77,7 +98,9 @@ class LanguageModel(nn.Module):
 
     def hidden(self, inputs: Tensor, states: LayerStates) -> tuple[Tensor, LayerStates]:
         """inputs (T, B), states -> the top layer's outputs (T, B, H), the states after the last step."""
-        outputs = self.dropout(self.embedding(inputs))
+        outputs = self.embedding(inputs)
+        if outputs.is_floating_point():
+            outputs = self.dropout(outputs)
         after = []
         for cell, state in zip(self.layers, states, strict=True):
             outputs, state = self.unroll(cell, outputs, state)

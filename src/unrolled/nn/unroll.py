@@ -1,6 +1,6 @@
-"""A cell over the T steps of a window, by a plain loop or by PyTorch's fused layer; both learn the same.
+"""A cell over the T steps of a window, by a plain loop or by faster ways; all learn the same.
 
-The plain loop is the definition; the fused layer is its fast twin with the same signature.
+The plain loop is the definition; the others are its twins with the same signature.
 """
 
 from collections.abc import Callable
@@ -23,10 +23,19 @@ def detach(states: LayerStates) -> LayerStates:
 
 
 def unroll_plain(cell: Cell, inputs: Tensor, state: State) -> tuple[Tensor, State]:
-    """The oracle. inputs (T, B, E), state of the step before -> outputs (T, B, H), state after the last step."""
+    """The oracle. inputs (T, B, E) or ids (T, B), state of the step before -> outputs (T, B, H), the last state."""
     outputs = []
     for x_t in inputs:
         output, state = cell(x_t, state)
+        outputs.append(output)
+    return torch.stack(outputs), state
+
+
+def unroll_projected(cell: Cell, inputs: Tensor, state: State) -> tuple[Tensor, State]:
+    """The same with the input's part of all steps as one product, or one look-up of ids."""
+    outputs = []
+    for projected in cell.project(inputs):
+        output, state = cell.step(projected, state)
         outputs.append(output)
     return torch.stack(outputs), state
 
@@ -35,8 +44,10 @@ def unroll_fused(cell: Cell, inputs: Tensor, state: State) -> tuple[Tensor, Stat
     """The same through the kernels behind `torch.nn.LSTM` and `torch.nn.GRU`: oneDNN on the CPU, cuDNN on a GPU.
 
     Raises:
-        TypeError: PyTorch has no fused layer for this cell.
+        TypeError: PyTorch has no fused layer for this cell, or not over ids.
     """
+    if not inputs.is_floating_point():
+        raise TypeError("PyTorch's fused layers take vectors, not ids")
     bias_hh = torch.zeros_like(cell.bias_ih)  # PyTorch's layers want a second bias; ours have one
     weights = [cell.weight_ih, cell.weight_hh, cell.bias_ih, bias_hh]
     options = (True, 1, 0.0, cell.training, False, False)  # biases, layers, dropout, train, bidirectional, batch first
@@ -49,10 +60,7 @@ def unroll_fused(cell: Cell, inputs: Tensor, state: State) -> tuple[Tensor, Stat
     raise TypeError(f"PyTorch has no fused layer for {type(cell).__name__}")
 
 
-UNROLLS: dict[str, Unroll] = {"plain": unroll_plain, "fused": unroll_fused}
-
-
 def unroll(cell: Cell, inputs: Tensor, state: State) -> tuple[Tensor, State]:
-    """The fastest way there is for this cell. inputs (T, B, E) -> outputs (T, B, H), state after the last step."""
-    fast = unroll_fused if isinstance(cell, LSTM | GRU) else unroll_plain
-    return fast(cell, inputs, state)
+    """The fastest way there is for this cell. inputs (T, B, E) or ids (T, B) -> outputs (T, B, H), the last state."""
+    fused = isinstance(cell, LSTM | GRU) and inputs.is_floating_point()
+    return (unroll_fused if fused else unroll_projected)(cell, inputs, state)

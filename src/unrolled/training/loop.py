@@ -18,7 +18,8 @@ from unrolled.data.dataset import Dataset, find_prepared, prepare
 from unrolled.data.text import KNOWN, open_corpus, text_is_there
 from unrolled.data.tokens import Vocabulary
 from unrolled.errors import UnrolledError
-from unrolled.inference.evaluate import Evaluation, evaluate_exact, evaluate_paper, unigram_perplexity
+from unrolled.inference.evaluate import Evaluation, evaluate_exact, evaluate_paper, ngram_perplexity
+from unrolled.inference.generate import sample
 from unrolled.nn.loss import loss, perplexity
 from unrolled.nn.model import LanguageModel
 from unrolled.nn.unroll import LayerStates, detach
@@ -30,8 +31,17 @@ from unrolled.training.resume import Position, load_point, resume_file, save_poi
 Progress = Callable[[dict[str, Any]], object]
 """Told of everything worth knowing as it happens: {"event": "note" | "step" | "epoch", …}."""
 
-MAY_CHANGE = ("training.max_epochs", "training.save_every_s", "training.device", "data.corpus")
+MAY_CHANGE = (
+    "training.max_epochs",
+    "training.save_every_s",
+    "training.sample_every",
+    "training.device",
+    "data.corpus",
+)
 """What a resumed training may have otherwise than before; that the text is the same is seen from its hash."""
+
+
+_MOST_NGRAMS = 1 << 24
 
 
 def run_epoch(
@@ -172,17 +182,46 @@ def _train_epochs(
     clock = _Clock(position)
     saved_at = time.monotonic()
 
+    def validated() -> dict[str, Any]:
+        valid = validate(model, dataset.ids["valid"], training)
+        best = position.best_valid_perplexity is None or valid.perplexity < position.best_valid_perplexity
+        if best:
+            position.best_valid_perplexity = valid.perplexity
+            folder.write_tensors(path / "model.safetensors", model.state_dict(), {"epoch": str(position.epoch)})
+        figures = {"valid_perplexity": valid.perplexity, "valid_protocol": valid.protocol, "best": best}
+        if model.feeds_back_output:
+            own = validate(model, dataset.ids["valid"], training, teacher_forced=False)
+            figures["valid_own_output_perplexity"] = own.perplexity
+        return figures
+
+    def sampled() -> dict[str, str]:
+        if not training.sample_length:
+            return {}
+        model.eval()
+        return {"sample": sample(model, dataset.tokenizer, training.sample_length, training.seed + position.step)}
+
+    def is_due(every: int) -> bool:
+        return every > 0 and position.step % every == 0 and position.window < len(windows)
+
     def after_step(states: LayerStates, figures: dict[str, float]) -> bool:
         nonlocal saved_at
-        record = {
+        tokens_per_second = clock.tokens_per_second()
+        record: dict[str, Any] = {
             "step": position.step,
             "epoch": position.epoch,
             "train_perplexity": perplexity(position.nll_nats, position.tokens),
             **figures,
-            "tokens_per_second": clock.tokens_per_second(),
-            "elapsed_s": clock.read(),
+            "tokens_per_second": tokens_per_second,
         }
-        if position.step == 1 or position.window % log_every == 0:
+        if is_due(training.valid_every):
+            record |= validated()
+        if is_due(training.sample_every):
+            record |= sampled()
+        if not model.training:
+            clock.leave_out(tokens_per_second)
+            model.train()
+        record["elapsed_s"] = clock.read()
+        if position.step == 1 or position.window % log_every == 0 or {"sample", "valid_perplexity"} & record.keys():
             folder.append_metrics(path, record)
         place = {"window": position.window, "windows": len(windows), "tokens_an_epoch": windows.num_targets}
         progress({"event": "step", **place, **record})
@@ -198,36 +237,30 @@ def _train_epochs(
         if stop.requested:
             break
         tokens_per_second = clock.tokens_per_second()
-        valid = validate(model, dataset.ids["valid"], training)
-        best = position.best_valid_perplexity
-        if best is None or valid.perplexity < best:
-            position.best_valid_perplexity = valid.perplexity
-            folder.write_tensors(path / "model.safetensors", model.state_dict(), {"epoch": str(position.epoch)})
-        clock.read()
         record = {
             "step": position.step,
             "epoch": position.epoch,
             "train_perplexity": perplexity(position.nll_nats, position.tokens),
-            "valid_perplexity": valid.perplexity,
-            "valid_protocol": valid.protocol,
+            **validated(),
             "learning_rate": learning_rate(training, position.epoch, position.step - 1, steps_in_all),
             "tokens_per_second": tokens_per_second,
-            "elapsed_s": position.elapsed_s,
+            **sampled(),
+            "elapsed_s": clock.read(),
         }
         folder.append_metrics(path, record)
         position.epoch, position.window, position.nll_nats, position.tokens = position.epoch + 1, 0, 0.0, 0
         states = model.initial_state(training.batch_size)
         save_point(path, position, model, optimizer, states)
-        progress({"event": "epoch", "best": position.best_valid_perplexity == valid.perplexity, **record})
+        progress({"event": "epoch", "show_sample": training.sample_every > 0, **record})
     if not (path / "model.safetensors").exists():  # broken off in its first epoch
         folder.write_tensors(path / "model.safetensors", model.state_dict(), {"epoch": "0"})
 
 
-def validate(model: LanguageModel, ids: np.ndarray, training: Training) -> Evaluation:
-    """By the paper protocol, or where the text is too short for its windows, exactly."""
+def validate(model: LanguageModel, ids: np.ndarray, training: Training, teacher_forced: bool = True) -> Evaluation:
+    """By the paper protocol, or where the text is too short for its windows, exactly; teacher-forced as in training."""
     if len(ids) // training.batch_size > training.num_steps:
-        return evaluate_paper(model, Windows(ids, training.batch_size, training.num_steps))
-    return evaluate_exact(model, ids)
+        return evaluate_paper(model, Windows(ids, training.batch_size, training.num_steps), teacher_forced)
+    return evaluate_exact(model, ids, teacher_forced=teacher_forced)
 
 
 def _results(run: Run, dataset: Dataset) -> dict[str, Any]:
@@ -236,17 +269,22 @@ def _results(run: Run, dataset: Dataset) -> dict[str, Any]:
     if not metrics:
         raise UnrolledError(f"{run.path / 'metrics.jsonl'} has lost its epochs; the weights are whole")
     best = min(metrics, key=lambda record: record["valid_perplexity"] or math.inf)
+    vocab_size = len(dataset.tokenizer)
+    ngrams = {"unigram": 1, "bigram": 2, "trigram": 3}
     return {
         "best_epoch": best["epoch"],
+        "best_step": best["step"],
         "train_perplexity": best["train_perplexity"],
         "valid_perplexity": best["valid_perplexity"],
         "valid_protocol": best["valid_protocol"],
         "valid": run.evaluate("valid"),
         "test": run.evaluate("test"),
-        "unigram_test_perplexity": unigram_perplexity(
-            dataset.ids["train"], dataset.ids["test"], len(dataset.tokenizer)
-        ),
-        "uniform_test_perplexity": len(dataset.tokenizer),
+        "uniform_test_perplexity": vocab_size,
+        **{
+            f"{name}_test_perplexity": ngram_perplexity(dataset.ids["train"], dataset.ids["test"], vocab_size, n)
+            for name, n in ngrams.items()
+            if n == 1 or vocab_size**n <= _MOST_NGRAMS
+        },
     }
 
 
@@ -364,6 +402,10 @@ class _Clock:
 
     def start_epoch(self) -> None:
         self.epoch_begun, self.tokens_before = time.monotonic(), self.position.tokens
+
+    def leave_out(self, tokens_per_second: float) -> None:
+        """What was not training since the speed was read is not to lower it."""
+        self.epoch_begun = time.monotonic() - (self.position.tokens - self.tokens_before) / tokens_per_second
 
     def read(self) -> float:
         self.position.elapsed_s = time.monotonic() - self.begun

@@ -26,7 +26,11 @@ def learning_rate(training: Training, epoch: int, step: int, total_steps: int) -
         total_steps: of the whole training, where the cosine reaches 0.
     """
     if training.schedule == "decay":
-        return training.learning_rate * training.decay ** max(epoch - training.constant_epochs, 0)
+        constant = training.constant_epochs + (training.decay_convention == "lua")
+        return training.learning_rate * training.decay ** max(epoch - constant, 0)
+    if training.schedule == "exponential":
+        ratio = training.final_learning_rate / training.learning_rate
+        return training.learning_rate * ratio ** min(step / max(total_steps - 1, 1), 1.0)
     warmup = min(training.warmup_steps, total_steps // 10)
     if step < warmup:
         return training.learning_rate * (step + 1) / warmup

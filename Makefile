@@ -35,7 +35,7 @@ bench: install  ## speed, against plain PyTorch in the same run
 	$(BIN)/python benchmarks/train.py
 
 docs: install  ## what in docs/ is made from the code
-	$(BIN)/python docs/make.py
+	$(BIN)/python docs/make.py --tour
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

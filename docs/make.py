@@ -1,6 +1,6 @@
 """Makes what in docs/ comes from the code: commands.md, windows.svg, results/*.svg. Run by `make docs`.
 
-python docs/make.py [FOLDER]
+python docs/make.py [FOLDER]             with --tour the notebook is run anew and tour.md made from it
 """
 
 import json
@@ -22,6 +22,24 @@ def main(into: Path) -> None:
     (into / "windows.svg").write_text(windows_drawing(), encoding="utf-8")
     for metrics in sorted((DOCS / "results").glob("*.metrics.jsonl")):
         curves(metrics, into / "results" / metrics.name.replace(".metrics.jsonl", ".svg"))
+
+
+def tour(path: Path) -> str:
+    """The notebook run from top to bottom, its outputs kept in it, as a page."""
+    import nbclient
+    import nbformat
+
+    notebook = nbformat.read(path, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(DOCS)}}).execute()
+    parts = ["<!-- made by docs/make.py from docs/tour.ipynb, which see for running it -->"]
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        parts.append(cell.source if cell.cell_type == "markdown" else f"```python\n{cell.source}\n```")
+        printed = "".join(output.get("text", "") for output in cell.get("outputs", []))
+        if printed:
+            parts.append(f"```text\n{printed.rstrip()}\n```")
+    nbformat.write(notebook, path)
+    return "\n\n".join(parts) + "\n"
 
 
 def commands() -> str:
@@ -122,4 +140,7 @@ def curves(metrics: Path, picture: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else DOCS)
+    folders = [Path(argument) for argument in sys.argv[1:] if argument != "--tour"]
+    main(folders[0] if folders else DOCS)
+    if "--tour" in sys.argv:
+        (DOCS / "tour.md").write_text(tour(DOCS / "tour.ipynb"), encoding="utf-8")

@@ -3,7 +3,6 @@
 python docs/make.py [FOLDER]             with --tour the notebook is run anew and tour.md made from it
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -11,17 +10,19 @@ import numpy as np
 
 from unrolled.cli import app
 from unrolled.data.batches import Windows
+from unrolled.folder import read_metrics
+from unrolled.pictures import COLOURS, perplexity_chart, write_picture
 
 DOCS = Path(__file__).parent
 WORDS = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog", "lay", "by", "the", "warm", "door"]
-COLOURS = ("#4c78a8", "#e8833a")
 
 
 def main(into: Path) -> None:
     (into / "commands.md").write_text(commands(), encoding="utf-8")
     (into / "windows.svg").write_text(windows_drawing(), encoding="utf-8")
     for metrics in sorted((DOCS / "results").glob("*.metrics.jsonl")):
-        curves(metrics, into / "results" / metrics.name.replace(".metrics.jsonl", ".svg"))
+        name = metrics.name.removesuffix(".metrics.jsonl")
+        write_picture(perplexity_chart({name: read_metrics(metrics)}), into / "results" / f"{name}.svg")
 
 
 def tour(path: Path) -> str:
@@ -109,34 +110,6 @@ def windows_drawing() -> str:
         '<path d="M0 0L8 4L0 8z" fill="#555"/></marker></defs>\n'
         f'<rect width="950" height="350" fill="#fff"/>\n{body}\n</svg>\n'
     )
-
-
-def curves(metrics: Path, picture: Path) -> None:
-    """Perplexity of train and valid by epoch, from a recorded run."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = metrics.name  # the same picture every time
-    from matplotlib import pyplot
-
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    epochs = [record for record in records if "valid_perplexity" in record]
-    figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
-    x = [record["epoch"] for record in epochs]
-    for name, colour in (("train", COLOURS[0]), ("valid", COLOURS[1])):
-        y = [record[f"{name}_perplexity"] for record in epochs]
-        axes.plot(x, y, "o-", color=colour, markersize=4)
-        axes.annotate(
-            f"{name} {y[-1]:.1f}", (x[-1], y[-1]), (6, 0), textcoords="offset points", va="center", color=colour
-        )
-    axes.set(xlabel="epoch", ylabel="perplexity", yscale="log", xlim=(0.7, x[-1] + 1.8))
-    axes.set_xticks(x)
-    ticks = [40, 50, 70, 100, 150, 200, 300]
-    axes.set_yticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.25)
-    figure.savefig(picture, metadata={"Date": None})
 
 
 if __name__ == "__main__":

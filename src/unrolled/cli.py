@@ -3,23 +3,19 @@
 Nothing heavier than the command line's own library is imported until a command runs.
 """
 
-import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import field, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn
 
-from cyclopts import App, CycloptsError, Group, Parameter, Token, UnusedCliTokensError
+from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 import unrolled
+from unrolled.answers import fail, figure, notice, print_epoch, print_json, print_results, print_table, read_lines, utf8
 from unrolled.errors import UnrolledError
-from unrolled.recipe import FIELDS, SECTIONS, load_recipe
-
-if TYPE_CHECKING:
-    from unrolled.run import Run
+from unrolled.options import Device, Json, RecipeOptions, RunFolder, Text, Whole
+from unrolled.recipe import load_recipe
 
 NO_NEGATIVES = Parameter(negative=())
 app = App(
@@ -34,60 +30,6 @@ data_app = App(
     name="data", help="The corpora: what there is, where it is, how to get it.", default_parameter=NO_NEGATIVES
 )
 app.command(data_app)
-
-
-SHORT_FORMS = {
-    "data.encoding": ["--encoding"],
-    "training.max_epochs": ["--max-epochs"],
-    "training.seed": ["--seed"],
-    "training.device": ["--device"],
-    "training.precision": ["--precision"],
-    "training.sample_every": ["--sample-every"],
-}
-
-
-def _recipe_options() -> type:
-    """One option for every field of a recipe, `--training.num-steps` and the like, with the field's own help."""
-    groups = {
-        name: Group(f"{name.capitalize()}: {(section.__doc__ or '').strip()}", sort_key=number)
-        for number, (name, section) in enumerate(SECTIONS.items(), start=1)
-    }
-    options, demo = [], load_recipe("demo")
-    for dotted in FIELDS:
-        section, _, name = dotted.partition(".")
-        about = SECTIONS[section].model_fields[name]
-        choices = get_args(about.annotation) if get_origin(about.annotation) is Literal else ()
-        default = getattr(getattr(demo, section), name)
-        default = ",".join(map(str, default)) if isinstance(default, tuple) else str(default).lower()
-        parameter = Parameter(
-            name=["--" + dotted.replace("_", "-"), *SHORT_FORMS.get(dotted, [])],
-            help=f"{about.description} [{', '.join(choices) + '; ' * bool(choices)}demo: {default}]",
-            group=groups[section],
-        )
-        options.append((dotted.replace(".", "__"), Annotated[str | None, parameter], field(default=None)))
-    made = make_dataclass("RecipeOptions", options)
-    made.__module__ = __name__
-    return made
-
-
-if TYPE_CHECKING:
-
-    class RecipeOptions: ...
-else:
-    RecipeOptions = _recipe_options()
-
-Text = Annotated[str, Parameter(allow_leading_hyphen=True)]  # "-" is standard input
-RunFolder = Annotated[Path, Parameter(help="A run folder.", show_default=False)]
-Json = Annotated[bool, Parameter(help="Answer in JSON, one object a line.")]
-
-
-def _whole(kind: object, tokens: Sequence[Token]) -> int:
-    """A whole number as it is written; `int` of the command line's library would take 1.5 for 1."""
-    return int(tokens[0].value)
-
-
-Whole = Annotated[int, Parameter(converter=_whole)]
-Device = Annotated[str, Parameter(help="cpu, cuda, cuda:1; auto takes a GPU where there is one.")]
 
 
 @app.command
@@ -123,15 +65,15 @@ def train(
 
     changes = {name.replace("__", "."): value for name, value in vars(options).items()}
     changes = {name: value for name, value in changes.items() if value is not None}
-    with Display(quiet=quiet, on_epoch=_print_epoch if json else None) as display:
+    with Display(quiet=quiet, on_epoch=print_epoch if json else None) as display:
         run = unrolled.train(recipe, data=data, out=out, resume=resume, changes=changes, progress=display)
     if run.manifest["status"] == "stopped":
-        _notice(f"stopped after step {run.manifest['steps']:,}; go on with: unrolled train --resume --out {run.path}")
+        notice(f"stopped after step {run.manifest['steps']:,}; go on with: unrolled train --resume --out {run.path}")
         return 130
     if json:
-        _print_json({"run": str(run.path), **run.manifest["results"]})
+        print_json({"run": str(run.path), **run.manifest["results"]})
     else:
-        _print_results(run)
+        print_results(run)
     return 0
 
 
@@ -160,23 +102,23 @@ def evaluate(
     protocol
         exact: one stream, each token after the first counted once. paper: as the reference code did it, tail dropped.
     """
-    answer = _load(run, device).evaluate(split, protocol, data, encoding)
+    answer = unrolled.load(run, device).evaluate(split, protocol, data, encoding)
     if json:
-        _print_json(answer)
+        print_json(answer)
         return
-    _print_table(
+    print_table(
         ["", ""],
         [
             ["text", f"{answer['corpus']}, {answer['split']}"],
             ["protocol", answer["protocol"]],
             ["tokens", f"{answer['tokens']:,}"],
             ["of them <unk>", f"{answer['unknown']:,} ({answer['unknown'] / answer['tokens']:.1%})"],
-            ["perplexity", _number(answer["perplexity"], 3)],
+            ["perplexity", figure(answer["perplexity"], 3)],
             ["nats per token", f"{answer['nll_nats'] / answer['tokens']:.4f}"],
             ["bits per token", f"{answer['bits_per_token']:.4f}"],
-            ["bits per character", _number(answer["bits_per_character"], 4)],
+            ["bits per character", figure(answer["bits_per_character"], 4)],
             *[
-                [f"{name.replace('_', ' ')}, teacher-forced", _number(answer["teacher_forced"][name], 4)]
+                [f"{name.replace('_', ' ')}, teacher-forced", figure(answer["teacher_forced"][name], 4)]
                 for name in ("perplexity", "bits_per_character")
                 if "teacher_forced" in answer
             ],
@@ -203,8 +145,10 @@ def score(
     per_token
         Show every token with its log-probability, too.
     """
-    model = _load(run, device)
-    for number, line in enumerate(_lines(file), start=1):
+    from unrolled.data.tokens import shown
+
+    model = unrolled.load(run, device)
+    for number, line in enumerate(read_lines(file), start=1):
         result = model.score(line)
         answer: dict[str, Any] = {
             "id": number,
@@ -216,7 +160,7 @@ def score(
         if json:
             if per_token:
                 answer["per_token"] = [{"token": token, "log_prob": value} for token, value in result.per_token]
-            _print_json(answer)
+            print_json(answer)
             continue
         if number == 1:
             print(f"{'log_prob':>12} {'tokens':>6} {'<unk>':>6} {'perplexity':>12}  text")
@@ -224,7 +168,7 @@ def score(
         print(f"{result.log_prob:12.4f} {result.tokens:6d} {result.unknown:6d} {worth:>12}  {line}", flush=True)
         if per_token:
             for token, value in result.per_token:
-                print(f"{value:12.4f}   {_shown(token)}")
+                print(f"{value:12.4f}   {shown(token)}")
 
 
 @app.command
@@ -247,17 +191,19 @@ def predict(
     unknown
         Let <unk> be among them.
     """
-    model = _load(run, device)
-    for text in _lines("-") if prefix is None else [_utf8(prefix)]:
+    from unrolled.data.tokens import shown
+
+    model = unrolled.load(run, device)
+    for text in read_lines("-") if prefix is None else [utf8(prefix)]:
         found = model.predict(text, k, unknown)
         if json:
             words = [{"word": word, "probability": value} for word, value in found.words]
-            _print_json({"prefix": found.prefix, "words": words})
+            print_json({"prefix": found.prefix, "words": words})
             continue
         if prefix is None:
             print(f"{text} …")
         for word, value in found.words:
-            print(f"{value:9.3%}  {_shown(word)}")
+            print(f"{value:9.3%}  {shown(word)}")
 
 
 @app.command
@@ -303,9 +249,9 @@ def generate(
     if prompt is not None and prompt_file is not None:
         raise UnrolledError("--prompt and --prompt-file exclude each other")
     if prompt_file is not None or prompt == "-":
-        prompt = "\n".join(_lines(str(prompt_file or "-")))
-    prompt = _utf8(prompt or "")
-    model = _load(run, device)
+        prompt = "\n".join(read_lines(str(prompt_file or "-")))
+    prompt = utf8(prompt or "")
+    model = unrolled.load(run, device)
     from unrolled.inference.generate import new_seed
 
     seed = new_seed() if seed is None else seed
@@ -320,7 +266,7 @@ def generate(
         random_start=random_start,
     )
     if json:
-        _print_json({"prompt": prompt, "text": "".join(pieces), "tokens": length, "seed": seed})
+        print_json({"prompt": prompt, "text": "".join(pieces), "tokens": length, "seed": seed})
         return
     piece = prompt
     print(prompt, end="", flush=True)
@@ -332,21 +278,23 @@ def generate(
 @app.command
 def inspect(run: RunFolder, /, *, json: Json = False) -> None:
     """What a run folder holds: parameters by name and shape, vocabulary, provenance."""
-    opened = _load(run, "cpu")
+    from unrolled.data.tokens import shown
+
+    opened = unrolled.load(run, "cpu")
     parameters = {name: list(tensor.shape) for name, tensor in opened.model.named_parameters()}
     if json:
         recipe = opened.recipe.model_dump(mode="json")
         vocabulary = opened.tokenizer.vocabulary
-        _print_json(
+        print_json(
             {"run": str(run), "parameters": parameters, "vocabulary": vocabulary, "recipe": recipe} | opened.manifest
         )
         return
     manifest = opened.manifest
     rows = [[name, " × ".join(map(str, shape)), f"{math.prod(shape):,}"] for name, shape in parameters.items()]
-    _print_table(["parameter", "shape", "count"], [*rows, ["all", "", f"{opened.model.num_parameters():,}"]])
-    first = " ".join(_shown(opened.tokenizer.token(id)) for id in range(min(12, len(opened.tokenizer))))
+    print_table(["parameter", "shape", "count"], [*rows, ["all", "", f"{opened.model.num_parameters():,}"]])
+    first = " ".join(shown(opened.tokenizer.token(id)) for id in range(min(12, len(opened.tokenizer))))
     corpus = manifest["corpus"]
-    _print_table(
+    print_table(
         ["", ""],
         [
             ["recipe", manifest["recipe"]],
@@ -363,7 +311,7 @@ def inspect(run: RunFolder, /, *, json: Json = False) -> None:
         ],
     )
     if manifest["status"] == "done":
-        _print_results(opened)
+        print_results(opened)
 
 
 @app.command
@@ -393,23 +341,24 @@ def embeddings(
     seed
         Of the map's layout.
     """
+    from unrolled.data.tokens import shown
     from unrolled.inference.embeddings import map_tokens, neighbours
 
     if not words and map is None:
         raise UnrolledError("nothing to do; name words, or a file with --map")
-    opened = _load(run, "cpu")
-    for word in (_utf8(word) for word in words):
+    opened = unrolled.load(run, "cpu")
+    for word in (utf8(word) for word in words):
         found = neighbours(opened.model, opened.tokenizer, word, k)
         if json:
-            _print_json({"word": word, "neighbours": [{"word": other, "cosine": value} for other, value in found]})
+            print_json({"word": word, "neighbours": [{"word": other, "cosine": value} for other, value in found]})
             continue
-        print(f"{_shown(word)}", *(f"{value:9.3f}  {_shown(other)}" for other, value in found), sep="\n")
+        print(f"{shown(word)}", *(f"{value:9.3f}  {shown(other)}" for other, value in found), sep="\n")
     if map is not None:
-        from unrolled.report import write_map
+        from unrolled.pictures import write_map
 
         tokens, places = map_tokens(opened.model, opened.tokenizer, most, seed)
         unlabelled = write_map(tokens, places, map)
-        _notice(f"{map}: {len(tokens)} tokens" + f", {unlabelled} without room for a label" * bool(unlabelled))
+        notice(f"{map}: {len(tokens)} tokens" + f", {unlabelled} without room for a label" * bool(unlabelled))
 
 
 @app.command
@@ -428,7 +377,7 @@ def report(*runs: RunFolder, out: Path | None = None, words: int = 300) -> None:
     if not runs:
         raise UnrolledError("report takes a run folder, or several")
     path = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
-    write_report([_load(run, "cpu") for run in runs], path, words)
+    write_report([unrolled.load(run, "cpu") for run in runs], path, words)
     print(path)
 
 
@@ -446,14 +395,14 @@ def recipes(name: str | None = None, /, *, json: Json = False) -> None:
     if name is not None:
         recipe = load_recipe(name)
         if json:
-            _print_json(recipe.model_dump(mode="json"))
+            print_json(recipe.model_dump(mode="json"))
         else:
             header = recipe_header(name) if name in shipped_recipes() else ""
             print("".join(f"# {line}\n" for line in header.splitlines()) + recipe.to_toml(), end="")
         return
     for shipped in shipped_recipes():
         if json:
-            _print_json({"name": shipped, "about": recipe_header(shipped)})
+            print_json({"name": shipped, "about": recipe_header(shipped)})
         else:
             lines = recipe_header(shipped).splitlines()
             print(f"{shipped:16}{lines[1]}", *(f"\n{'':16}{line}" for line in lines[2:]), sep="")
@@ -467,7 +416,7 @@ def data_list(*, json: Json = False) -> None:
     for name, known in KNOWN.items():
         place = "embedded" if not known.archive else str(find(name) or "not here; unrolled data fetch " + name)
         if json:
-            _print_json({"name": name, "about": known.title, "place": place})
+            print_json({"name": name, "about": known.title, "place": place})
         else:
             print(f"{name:8}{known.title}\n{'':8}{place}")
 
@@ -531,113 +480,12 @@ def data_show(
     dataset = prepare(open_corpus(name, None if tokens == "byte" else encoding), Vocabulary(tokens))
     splits = {split: vars(info) for split, info in dataset.splits.items()}
     if json:
-        _print_json(
-            {"name": dataset.name, "note": dataset.note, "vocab_size": len(dataset.tokenizer), "splits": splits}
-        )
+        print_json({"name": dataset.name, "note": dataset.note, "vocab_size": len(dataset.tokenizer), "splits": splits})
         return
     rows = [[s, f"{i['tokens']:,}", f"{i['unknown']:,}", i["sha256"]] for s, i in splits.items()]
-    _print_table([dataset.name, f"{tokens}s", "<unk>", "SHA-256"], rows)
+    print_table([dataset.name, f"{tokens}s", "<unk>", "SHA-256"], rows)
     print(f"vocabulary {len(dataset.tokenizer):,}" + (f"; {dataset.note}" if dataset.note else ""))
     print("begins: " + (dataset.tokenizer.decode(dataset.ids["train"][:200])[:200].splitlines() or [""])[0])
-
-
-# ------------------------------------------------------------------------------------------------ printing
-
-
-def _load(path: Path, device: str) -> "Run":
-    return unrolled.load(path, device)
-
-
-def _lines(file: str) -> Iterator[str]:
-    """The lines of a UTF-8 file or of standard input, as they come."""
-    if file == "-" and sys.stdin is None:
-        raise UnrolledError("standard input is closed")
-    with sys.stdin.buffer if file == "-" else open(file, "rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                place = "standard input" if file == "-" else file
-                here = f"{place}, line {number}, byte {error.start + 1}"
-                raise UnrolledError(f"{here}: not UTF-8; convert it first (iconv -f latin1 -t utf-8)") from error
-
-
-def _utf8(text: str) -> str:
-    """An argument as it is, refused where the shell gave bytes that are no text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UnrolledError(f"{text!r} is not UTF-8") from error
-    return text
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:,.{digits}f}"
-
-
-def _print_epoch(event: dict[str, Any]) -> None:
-    names = ("epoch", "train_perplexity", "valid_perplexity", "valid_protocol", "learning_rate")
-    _print_json({name: event[name] for name in (*names, "tokens_per_second", "elapsed_s")})
-
-
-def _print_results(run: "Run") -> None:
-    results = run.manifest["results"]
-    rows = []
-    for split in ("valid", "test"):
-        result = results[split]
-        figures = _number(result["perplexity"], 2), _number(result["bits_per_character"], 3)
-        rows.append([split, result["protocol"], f"{result['tokens']:,}", *figures])
-        if "teacher_forced" in result:
-            forced = result["teacher_forced"]
-            figures = _number(forced["perplexity"], 2), _number(forced["bits_per_character"], 3)
-            rows[-1][1] += ", own output"
-            rows.append([split, result["protocol"] + ", teacher-forced", f"{result['tokens']:,}", *figures])
-    if results["valid_protocol"] == "paper":
-        named = "paper" + ", teacher-forced" * ("teacher_forced" in results["valid"])
-        rows.insert(0, ["valid", named, "", _number(results["valid_perplexity"], 2), ""])
-    yardsticks = [name for name in ("trigram", "bigram", "unigram", "uniform") if f"{name}_test_perplexity" in results]
-    rows += [["test", name, "", _number(results[f"{name}_test_perplexity"], 2), ""] for name in yardsticks]
-    _print_table(["split", "protocol", "tokens", "perplexity", "bits per character"], rows)
-    train_perplexity = _number(results["train_perplexity"], 2)
-    print(
-        f"best epoch {results['best_epoch']}, its train perplexity as it ran {train_perplexity}; run folder {run.path}"
-    )
-
-
-def _print_table(header: list[str], rows: list[list[str]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text as Cell
-
-    table = Table(box=box.SIMPLE_HEAD if any(header) else None, show_header=any(header), pad_edge=False)
-    for name in header:
-        table.add_column(Cell(name))
-    for row in rows:
-        table.add_row(*map(Cell, row))
-    console = Console(highlight=False)
-    console.width = console.width if console.is_terminal else 200
-    console.print(table)
-
-
-def _print_json(answer: dict[str, Any]) -> None:
-    from unrolled.folder import finite
-
-    print(json.dumps(finite(answer), ensure_ascii=False, allow_nan=False), flush=True)
-
-
-def _shown(token: str) -> str:
-    """A token as one visible piece of a line."""
-    return json.dumps(token, ensure_ascii=False) if token.strip() != token or not token.isprintable() else token
-
-
-def _notice(text: str) -> None:
-    print(f"unrolled: {text}", file=sys.stderr)
-
-
-def _fail(text: str, status: int = 2) -> NoReturn:
-    _notice(" ".join(text.split()))
-    sys.exit(status)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -652,20 +500,20 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         status = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
     except UnusedCliTokensError as error:
-        _fail("too many arguments: " + " ".join(error.unused_tokens or []))
+        fail("too many arguments: " + " ".join(error.unused_tokens or []))
     except CycloptsError as error:
-        _fail(str(error))
+        fail(str(error))
     except UnrolledError as error:
-        _fail(str(error))
+        fail(str(error))
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        _fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
     except KeyboardInterrupt:
-        _fail("interrupted", 130)
+        fail("interrupted", 130)
     except Exception as error:  # a fault of ours: one line all the same
         if os.environ.get("UNROLLED_TRACEBACK"):
             raise
-        _fail(f"internal error, please report it: {error!r} (UNROLLED_TRACEBACK=1 shows where)", 1)
+        fail(f"internal error, please report it: {error!r} (UNROLLED_TRACEBACK=1 shows where)", 1)
     sys.exit(status or 0)

@@ -163,8 +163,8 @@ def append_metrics(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of `metrics.jsonl`; lines that a crash cut short or damaged are left out."""
-    file = path / "metrics.jsonl"
+    """The records of a run folder, or of its `metrics.jsonl` alone; lines that a crash damaged are left out."""
+    file = path / "metrics.jsonl" if path.is_dir() else path
     records = []
     for line in file.read_bytes().split(b"\n") if file.is_file() else []:
         try:

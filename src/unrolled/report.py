@@ -1,32 +1,16 @@
-"""A run, or several, as pictures and one self-contained HTML page; the map of a model's tokens.
-
-Pictures are drawn by matplotlib as SVG that takes the page's own text colour, so they are right on light and dark.
-"""
+"""A run, or several, as one self-contained HTML page."""
 
 import html
-import io
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from unrolled.errors import UnrolledError
 from unrolled.files import write_whole
 from unrolled.folder import read_metrics
 from unrolled.inference.embeddings import map_tokens
+from unrolled.pictures import Records, chart, map_figure, perplexity_chart, svg
 from unrolled.run import Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-COLOURS = ("#4c78a8", "#e8833a", "#54a24b", "#b279a2", "#9d755d", "#72b7b2")
-_INK = "#010203"  # stands for the page's text colour
-_MAP_INCHES, _MAP_FONT = 11.0, 8.0
-
-Records = list[dict[str, Any]]
 
 
 def write_report(runs: Sequence[Run], path: Path, words: int = 300) -> None:
@@ -59,238 +43,15 @@ def write_report(runs: Sequence[Run], path: Path, words: int = 300) -> None:
     write_whole(path, page.encode())
 
 
-def write_map(words: list[str], places: np.ndarray, path: Path) -> int:
-    """The map as a picture (PNG, SVG or PDF) or an interactive page (HTML), by the file's ending.
-
-    Returns:
-        How many words had no room for their label, and are dots.
-
-    Raises:
-        UnrolledError: another ending, or matplotlib or plotly is missing.
-    """
-    kind = path.suffix.lower().lstrip(".")
-    if kind not in ("png", "svg", "pdf", "html"):
-        raise UnrolledError(f"{path}: a map is a file in .png, .svg, .pdf or .html")
-    figure, labelled = _map_figure(words, places)
-    if kind == "html":
-        content = _interactive_map(words, places, labelled).encode()
-    else:
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, dpi=150, facecolor="white")
-        content = buffer.getvalue()
-    write_whole(path, content)
-    return len(words) - int(labelled.sum())
-
-
-# ------------------------------------------------------------------------------------------------ curves
-
-
 def _curves(metrics: dict[str, Records]) -> list[str]:
-    charts = [
-        ("Perplexity", lambda axes: perplexity_curves(axes, metrics)),
-        ("Learning rate", lambda axes: _curve(axes, metrics, "learning_rate")),
-        ("Gradient norm before clipping", lambda axes: _curve(axes, metrics, "grad_norm")),
-        ("Tokens per second", lambda axes: _curve(axes, metrics, "tokens_per_second")),
-    ]
-    figures = [f"<figure><figcaption>{title}</figcaption>{_svg(_chart(draw))}</figure>" for title, draw in charts]
+    charts = {
+        "Perplexity": perplexity_chart(metrics),
+        "Learning rate": chart(metrics, "learning_rate"),
+        "Gradient norm before clipping": chart(metrics, "grad_norm"),
+        "Tokens per second": chart(metrics, "tokens_per_second"),
+    }
+    figures = [f"<figure><figcaption>{title}</figcaption>{svg(figure)}</figure>" for title, figure in charts.items()]
     return ["<h2>Curves</h2>", f'<div class="charts">{"".join(figures)}</div>']
-
-
-def _chart(draw: Callable[["Axes"], None]) -> "Figure":
-    figure, axes = new_figure(5.6, 3.2)
-    draw(axes)
-    axes.set_xlabel("epoch")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.25)
-    return figure
-
-
-def perplexity_curves(axes: "Axes", metrics: dict[str, Records]) -> None:
-    """Train and valid perplexity over epochs, the last value written beside each curve."""
-    ends = []
-    for number, (name, records) in enumerate(metrics.items()):
-        for split, style in (("train", "--"), ("valid", "-")):
-            colour = COLOURS[(number if len(metrics) > 1 else split == "valid") % len(COLOURS)]
-            x, y = _points(records, f"{split}_perplexity")
-            if not len(x):
-                continue
-            axes.plot(x, y, style if len(metrics) > 1 else "-", color=colour, linewidth=1.4)
-            ends.append(
-                (y[-1], f"{split} {y[-1]:,.4g}" if len(metrics) == 1 else f"{name} {split} {y[-1]:,.4g}", colour)
-            )
-    axes.set_yscale("log")
-    _plain_log_ticks(axes)
-    _label_ends(axes, ends)
-
-
-def _curve(axes: "Axes", metrics: dict[str, Records], field: str) -> None:
-    ends = []
-    for number, (name, records) in enumerate(metrics.items()):
-        x, y = _points(records, field)
-        if not len(x):
-            continue
-        colour = COLOURS[number % len(COLOURS)]
-        axes.plot(x, y, color=colour, linewidth=1.2)
-        if len(metrics) > 1:
-            ends.append((y[-1], name, colour))
-    if field != "learning_rate":
-        axes.set_ylim(bottom=0)
-    _label_ends(axes, ends)
-
-
-def _points(records: Records, field: str) -> tuple[np.ndarray, np.ndarray]:
-    """A field over epochs; perplexity of train is that of the epoch so far, so only its end counts."""
-    ends = [record for record in records if "nll_nats_per_token" not in record]
-    epoch_steps = ends[0]["step"] / ends[0]["epoch"] if ends else max((r["step"] for r in records), default=1)
-    chosen = ends if field == "train_perplexity" and ends else records
-    points = [(r["step"] / epoch_steps, r[field]) for r in chosen if r.get(field) is not None]
-    return np.array([x for x, _ in points]), np.array([y for _, y in points])
-
-
-def _plain_log_ticks(axes: "Axes") -> None:
-    """Ticks at round numbers that read as they are, for perplexities span a factor of ten, not a thousand."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0), numticks=12))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _label_ends(axes: "Axes", ends: list[tuple[float, str, str]]) -> None:
-    """Names at the right ends of curves, moved apart where they would touch."""
-    if not ends:
-        return
-    pixels = axes.transData.transform([(0, y) for y, _, _ in ends])
-    heights = axes.transAxes.inverted().transform(pixels)[:, 1].tolist()
-    step = 0.06  # a line of text as a share of the axes' height
-    lowest = -np.inf
-    for place, (_, text, colour) in sorted(zip(heights, ends, strict=True)):
-        lowest = max(place, lowest + step)
-        axes.annotate(
-            text, (1, lowest), (4, 0), xycoords="axes fraction", textcoords="offset points", va="center", color=colour
-        )
-
-
-def new_figure(width: float, height: float) -> tuple["Figure", "Axes"]:
-    """An empty picture of so many inches, drawn in the page's text colour.
-
-    Raises:
-        UnrolledError: matplotlib is missing.
-    """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UnrolledError("pictures need matplotlib: pip install 'unrolled[plots]'") from error
-    ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
-    style = dict.fromkeys(ink, _INK) | {"svg.fonttype": "none", "svg.hashsalt": "unrolled", "font.size": 9}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        return figure, figure.add_subplot()
-
-
-def _svg(figure: "Figure") -> str:
-    """A picture as SVG to stand in a page: the page's ink, no background, no fixed size."""
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "unrolled"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg)
-    return re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg)
-
-
-# ------------------------------------------------------------------------------------------------ maps
-
-
-def _map_figure(words: list[str], places: np.ndarray) -> tuple["Figure", np.ndarray]:
-    """The map, each label beside its dot where there is room for it; and which (N,) have one."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    figure, axes = new_figure(_MAP_INCHES, _MAP_INCHES)
-    canvas = FigureCanvasAgg(figure)
-    axes.set_axis_off()
-    axes.scatter(places[:, 0], places[:, 1], s=5, color=COLOURS[0])
-    figure.draw_without_rendering()
-    dots = axes.transData.transform(places)
-    labels = [axes.annotate(shown(word), place, fontsize=_MAP_FONT) for word, place in zip(words, places, strict=True)]
-    renderer = canvas.get_renderer()
-    extents = [label.get_window_extent(renderer) for label in labels]
-    sizes = np.array([(extent.width, extent.height) for extent in extents])
-    corners = place_labels(dots, sizes, bounds=np.array([0.0, 0.0, *figure.bbox.size]))
-    to_data = axes.transData.inverted()
-    for label, corner in zip(labels, corners, strict=True):
-        if np.isnan(corner).any():
-            label.remove()
-        else:
-            x, y = to_data.transform(corner).tolist()
-            label.xyann = (x, y)
-            label.set_verticalalignment("bottom")
-    return figure, np.isfinite(corners[:, 0])
-
-
-def place_labels(dots: np.ndarray, sizes: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    """Where labels go so that none overlaps another, a dot of another, or the edge.
-
-    Args:
-        dots: (N, 2), in pixels.
-        sizes: (N, 2), width and height of each label.
-        bounds: (4,), left, bottom, right, top.
-
-    Returns:
-        The lower left corners (N, 2), NaN for a label that has no room; the first come first.
-    """
-    gap = 3.0
-    corners = np.full_like(dots, np.nan, dtype=float)
-    taken = np.concatenate([dots - 1.5, dots + 1.5], axis=1)  # boxes (left, bottom, right, top); the dots come first
-    for number, ((x, y), (width, height)) in enumerate(zip(dots, sizes, strict=True)):
-        beside = ((gap, -height / 2), (-gap - width, -height / 2), (-width / 2, gap), (-width / 2, -gap - height))
-        across = ((gap, gap), (-gap - width, gap), (gap, -gap - height), (-gap - width, -gap - height))
-        for dx, dy in (*beside, *across):
-            box = np.array([x + dx, y + dy, x + dx + width, y + dy + height])
-            inside = (box[:2] >= bounds[:2]).all() and (box[2:] <= bounds[2:]).all()
-            touching = (taken[:, :2] < box[2:]).all(axis=1) & (taken[:, 2:] > box[:2]).all(axis=1)
-            if inside and set(np.flatnonzero(touching).tolist()) <= {number}:
-                corners[number] = box[:2]
-                taken = np.vstack([taken, box])
-                break
-    return corners
-
-
-def _interactive_map(words: list[str], places: np.ndarray, labelled: np.ndarray) -> str:
-    try:
-        import plotly.graph_objects as go
-    except ImportError as error:
-        raise UnrolledError("an interactive map needs plotly: pip install 'unrolled[plots]'") from error
-    names = [html.escape(shown(word)) for word in words]
-    figure = go.Figure(
-        go.Scatter(
-            x=places[:, 0],
-            y=places[:, 1],
-            mode="markers+text",
-            text=[name if shows else "" for name, shows in zip(names, labelled.tolist(), strict=True)],
-            hovertext=[f"{name} ({rank})" for rank, name in enumerate(names, start=1)],
-            hoverinfo="text",
-            textposition="middle right",
-            textfont_size=10,
-            marker={"size": 4, "color": COLOURS[0]},
-        )
-    )
-    size = int(_MAP_INCHES * 100)
-    hidden = {"visible": False}
-    figure.update_layout(
-        title="Tokens by likeness (t-SNE); drag to zoom, double-click to see all",
-        width=size,
-        height=size,
-        xaxis=hidden,
-        yaxis=hidden,
-        plot_bgcolor="white",
-        dragmode="zoom",
-    )
-    return figure.to_html(include_plotlyjs=True, full_html=True, config={"displaylogo": False, "scrollZoom": True})
 
 
 def _map(run: Run, words: int) -> str:
@@ -298,13 +59,8 @@ def _map(run: Run, words: int) -> str:
         tokens, places = map_tokens(run.model, run.tokenizer, words)
     except UnrolledError as error:
         return f"<p>{html.escape(str(error))}</p>"
-    figure, _ = _map_figure(tokens, places)
-    return _svg(figure)
-
-
-def shown(token: str) -> str:
-    """A token as one can see it: white space by its name."""
-    return token if token.strip() == token and token.isprintable() and token else repr(token)[1:-1].replace(" ", "␣")
+    figure, _ = map_figure(tokens, places)
+    return svg(figure)
 
 
 # ------------------------------------------------------------------------------------------------ tables and texts

@@ -317,6 +317,11 @@ def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le"), np.uint32)
 
 
+def shown(token: str) -> str:
+    """A token as one can see it: white space and what cannot be printed by its name."""
+    return token if token.strip() == token and token.isprintable() and token else repr(token)[1:-1].replace(" ", "␣")
+
+
 def sum_counts(ids: np.ndarray, vocab_size: int) -> np.ndarray:
     """How often each id occurs, (V,); in blocks, for `bincount` takes eight bytes an id."""
     counts = np.zeros(vocab_size, np.int64)

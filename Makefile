@@ -11,6 +11,7 @@ install: .venv/installed
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11, 4) and f"Python 3.11.4 or later is needed, not {v}; make PYTHON=/path/to/python")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/unrolled kernels build || true
 	@touch $@
 
 demo: install  ## train on the embedded corpus, then predict and generate
@@ -32,7 +33,7 @@ check: install  ## lint and types
 
 bench: install  ## speed, against plain PyTorch in the same run
 	$(BIN)/python benchmarks/encode.py
-	$(BIN)/python benchmarks/train.py
+	$(BIN)/unrolled bench
 
 docs: install  ## what in docs/ is made from the code
 	$(BIN)/python docs/make.py --tour

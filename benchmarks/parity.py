@@ -33,7 +33,7 @@ from unrolled.training.resume import Position
 def ours(model: LanguageModel, recipe: Recipe, windows: Windows, steps: int) -> list[float]:
     """Nats per token of each step of our loop."""
     losses: list[float] = []
-    optimizer = make_optimizer(model.parameters(), recipe.training)
+    optimizer = make_optimizer(model, recipe.training)
 
     def after_step(states: object, figures: dict[str, float]) -> bool:
         losses.append(figures["nll_nats_per_token"])

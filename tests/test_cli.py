@@ -201,7 +201,7 @@ def mistake(command: Command, *arguments: object, stdin: Path | None = None) -> 
         (["train", "--training.num-steps", "0"], "--training.num-steps must be at least 1, not 0"),
         (["train", "--max-epochs", "-1"], "--training.max-epochs must be at least 1, not -1"),
         (["train", "--seed", "lucky"], "--training.seed must be a whole number, not lucky"),
-        (["train", "--precision", "f16"], "--training.precision must be 'f32' or 'bf16', not f16"),
+        (["train", "--precision", "f16"], "--training.precision must be 'auto', 'f32' or 'bf16', not f16"),
         (["train", "--data", "toy", "--device", "abacus", "--out", "x"], "no device 'abacus' here"),
         (["train", "--max-epochs"], "requires an argument"),
         (["train", "demo", "more", "still"], "too many arguments: more still"),

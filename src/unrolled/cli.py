@@ -30,6 +30,10 @@ data_app = App(
     name="data", help="The corpora: what there is, where it is, how to get it.", default_parameter=NO_NEGATIVES
 )
 app.command(data_app)
+kernels_app = App(
+    name="kernels", help="The native kernels: several times faster, compiled once.", default_parameter=NO_NEGATIVES
+)
+app.command(kernels_app)
 
 
 @app.command
@@ -486,6 +490,84 @@ def data_show(
     print_table([dataset.name, f"{tokens}s", "<unk>", "SHA-256"], rows)
     print(f"vocabulary {len(dataset.tokenizer):,}" + (f"; {dataset.note}" if dataset.note else ""))
     print("begins: " + (dataset.tokenizer.decode(dataset.ids["train"][:200])[:200].splitlines() or [""])[0])
+
+
+@app.command
+def bench(
+    *,
+    recipe: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ("ptb-small",),
+    task: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ("train", "score", "next-word"),
+    subject: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
+    rounds: Whole = 5,
+    seconds: float = 2.0,
+    json: Json = False,
+) -> None:
+    """Speed beside PyTorch's own layers: the same recipe, text and machine, in alternating rounds.
+
+    Parameters
+    ----------
+    recipe
+        Recipes, by name or file.
+    task
+        train, score (64 streams), next-word (one stream).
+    subject
+        What to time beside the baseline, torch f32; all when left out.
+    rounds
+        How often each is timed.
+    seconds
+        How long one of them takes, about.
+    """
+    from unrolled import bench as benchmark
+
+    for name in recipe:
+        rows = []
+        for answer in benchmark.bench(name, task, subject or tuple(benchmark.SUBJECTS), rounds, seconds):
+            if json:
+                print_json(answer)
+                continue
+            digits = 1 if answer["unit"] == "µs" else 0
+            spread = [figure(answer[which], digits) for which in ("median", "minimum", "maximum")]
+            share = answer["share_of_ceiling"]
+            shown = "" if share is None else f"{share:.0%}"
+            rows.append([answer["task"], answer["subject"], *spread, answer["unit"]])
+            rows[-1] += [figure(answer["ratio_to_baseline"], 2), shown]
+        if rows:
+            heads = [name, "", "median", "least", "most", "", "ratio", "of the ceiling"]
+            print_table(heads, rows)
+
+
+@kernels_app.command(name="build")
+def kernels_build(*, again: bool = False) -> None:
+    """Compile the kernels for this processor, with its C++ compiler (CXX, or g++). They are kept in the cache.
+
+    Parameters
+    ----------
+    again
+        Even where they are there.
+    """
+    from unrolled.kernels.build import build, chosen_level
+
+    print(f"{chosen_level()}: {build(again)}")
+
+
+@kernels_app.command(name="status")
+def kernels_status(*, json: Json = False) -> None:
+    """Which kernels this processor can run, and whether they are built."""
+    from unrolled.kernels.build import chosen_level, compiler, in_use, library_path
+
+    level, command = chosen_level(), compiler()
+    answer = {
+        "in_use": in_use(),
+        "level": level or "off",
+        "library": str(library_path(level)) if level else None,
+        "compiler": " ".join(command) if command else None,
+    }
+    if json:
+        print_json(answer)
+        return
+    print_table(["", ""], [[name.replace("_", " "), value or "none"] for name, value in answer.items()])
+    if answer["in_use"] == "none" and level:
+        notice("not built: unrolled kernels build")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

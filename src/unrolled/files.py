@@ -36,6 +36,15 @@ def write_whole(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def cache_folder() -> Path:
+    """Where downloads, prepared ids and compiled kernels are kept: `UNROLLED_CACHE`, or the user's cache folder."""
+    if folder := os.environ.get("UNROLLED_CACHE"):
+        return Path(folder)
+    import pooch
+
+    return Path(pooch.os_cache("unrolled"))
+
+
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:

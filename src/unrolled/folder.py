@@ -29,6 +29,7 @@ from unrolled import __version__
 from unrolled.data.dataset import Dataset
 from unrolled.errors import UnrolledError
 from unrolled.files import sha256_of, write_whole
+from unrolled.kernels.build import in_use
 from unrolled.recipe import Recipe
 
 ALWAYS_CHECKED = ("recipe.toml", "tokenizer.json")
@@ -93,6 +94,7 @@ def create(path: Path, recipe: Recipe, changes: dict[str, Any], dataset: Dataset
             "python": platform.python_version(),
             "torch": torch.__version__,
             "numpy": np.__version__,
+            "kernels": in_use(),
         },
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "files": {name: sha256_of(path / name) for name in files},

@@ -128,8 +128,8 @@ class Training(Section):
     """Of the first parameters and of dropout."""
     device: str = "auto"
     """cpu, cuda, cuda:1; auto takes a GPU where there is one."""
-    precision: Literal["f32", "bf16"] = "f32"
-    """f32, or bf16 for the products with f32 weights (autocast)."""
+    precision: Literal["auto", "f32", "bf16"] = "auto"
+    """bf16: products of bf16, summed in f32, weights in f32. auto: bf16 where kernels run and the processor has it."""
     save_every_s: PositiveFloat = 60.0
     """Seconds between resume points within an epoch."""
     valid_every: CountOrNone = 0

@@ -1,14 +1,19 @@
 """Rates, clipping, optimisers."""
 
+import copy
 import math
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
+from unrolled.kernels import build
+from unrolled.nn.loss import loss
+from unrolled.nn.model import LanguageModel
 from unrolled.recipe import Training, load_recipe
-from unrolled.training.optim import clip_by_global_norm, learning_rate, make_optimizer
+from unrolled.training.optim import clip_and_step, clip_by_global_norm, learning_rate, make_optimizer
 
 
 def test_the_rate_of_ptb_small_halves_from_the_fifth_epoch() -> None:
@@ -72,11 +77,48 @@ def test_a_gradient_that_is_not_finite_shows_in_the_norm(value: float) -> None:
     assert not math.isfinite(clip_by_global_norm(parameters(torch.tensor([1.0, value])), 5.0))
 
 
-def test_sgd_is_plain_and_adamw_decays() -> None:
-    (weight,) = parameters(torch.tensor([0.5]))
-    make_optimizer([weight], Training(learning_rate=0.1)).step()
-    assert weight.item() == pytest.approx(-0.05)
-    (weight,) = parameters(torch.tensor([0.0]))
-    weight.data.fill_(1.0)
-    make_optimizer([weight], Training(optimizer="adamw", learning_rate=0.1, weight_decay=0.2)).step()
-    assert weight.item() == pytest.approx(0.98)
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("max_norm", [1e-2, 1e9])
+def test_sgd_takes_the_clipped_gradient_from_the_weights(kernels: bool, max_norm: float) -> None:
+    """Against the same in plain terms; tokens that occur twice, and those that do not occur."""
+    torch.manual_seed(1)
+    model = LanguageModel(300, 8, [12])
+    plain = copy.deepcopy(model)
+    inputs, targets = torch.tensor([[1, 5], [5, 5], [7, 1]]), torch.randint(300, (3, 2))
+    loss(plain(inputs, plain.initial_state(2))[0], targets)[0].backward()
+    gradients = [parameter.grad for parameter in plain.parameters()]
+    norm = torch.cat([gradient.flatten() for gradient in gradients if gradient is not None]).norm().item()
+    with nullcontext() if kernels else build.switched_off():
+        optimizer = make_optimizer(model, Training(learning_rate=0.5))
+        model.nll(inputs, targets, model.initial_state(2))[0].backward()
+        assert clip_and_step(optimizer, max_norm) == pytest.approx(norm, rel=1e-5)
+    for after, before in zip(model.parameters(), plain.parameters(), strict=True):
+        assert before.grad is not None
+        step = 0.5 * min(1.0, max_norm / norm) * before.grad
+        torch.testing.assert_close(after, before - step, rtol=1e-5, atol=1e-6)
+        assert after.grad is None
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_there_is_no_step_where_the_gradient_is_not_finite(optimizer: str) -> None:
+    model = LanguageModel(300, 8, [12])
+    before = copy.deepcopy(model.state_dict())
+    made = make_optimizer(model, Training.model_validate({"optimizer": optimizer}))
+    nll, _, _ = model.nll(
+        torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2, dtype=torch.int64), model.initial_state(2)
+    )
+    (nll * math.inf).backward()
+    assert not math.isfinite(clip_and_step(made, 5.0))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_adamw_decays_the_weights() -> None:
+    model = LanguageModel(300, 8, [12])
+    before = copy.deepcopy(model.state_dict())
+    optimizer = make_optimizer(model, Training(optimizer="adamw", learning_rate=0.1, weight_decay=0.2))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    clip_and_step(optimizer, 5.0)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name] * 0.98)

@@ -19,7 +19,8 @@ import unrolled
 from unrolled.data.dataset import prepare_with
 from unrolled.data.embedded import toy_entropy_rate
 from unrolled.data.reading import Corpus
-from unrolled.data.text import cache_folder, open_corpus
+from unrolled.data.text import open_corpus
+from unrolled.files import cache_folder
 from unrolled.folder import read_metrics, read_tensors, write_tensors
 from unrolled.nn.model import LanguageModel
 from unrolled.nn.unroll import unroll_plain

@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 
 from unrolled.data.reading import Corpus, read_bytes, read_lines, read_text
-from unrolled.data.text import cache_folder
 from unrolled.data.tokens import Tokenizer, Vocabulary, learn
 from unrolled.errors import UnrolledError
-from unrolled.files import sha256_of, write_whole, written_whole
+from unrolled.files import cache_folder, sha256_of, write_whole, written_whole
 
 _FORMAT = 2
 """Raised when the ids of the same text and settings would come out otherwise than before."""

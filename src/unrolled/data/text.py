@@ -16,7 +16,7 @@ from pathlib import Path
 from unrolled.data import archives, embedded
 from unrolled.data.reading import Corpus, Split
 from unrolled.errors import UnrolledError, did_you_mean
-from unrolled.files import sha256_of, write_whole, written_whole
+from unrolled.files import cache_folder, sha256_of, write_whole, written_whole
 
 SPLITS = ("train", "valid", "test")
 _SHARES = (0.90, 0.95)
@@ -61,15 +61,6 @@ KNOWN: dict[str, KnownCorpus] = {
     ),
 }
 _TEXT8_SIZE, _TEXT8_CRC32 = 100_000_000, 0x7D6BE66F
-
-
-def cache_folder() -> Path:
-    """Where downloads and prepared ids are kept: `UNROLLED_CACHE`, or the user's cache folder."""
-    if named := os.environ.get("UNROLLED_CACHE"):
-        return Path(named)
-    import pooch
-
-    return Path(pooch.os_cache("unrolled"))
 
 
 # ------------------------------------------------------------------------------------------------ opening a corpus

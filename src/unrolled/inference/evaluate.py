@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from unrolled.data.batches import Windows
-from unrolled.nn.loss import bits_per, loss, perplexity
+from unrolled.nn.loss import bits_per, decoder_loss, perplexity
 from unrolled.nn.model import LanguageModel
 from unrolled.nn.unroll import LayerStates
 
@@ -51,8 +51,7 @@ def evaluate_paper(model: LanguageModel, windows: Windows, teacher_forced: bool 
     state, nll_nats, tokens = model.initial_state(len(windows.streams)), 0.0, 0
     with model.teacher_forced(teacher_forced):
         for inputs, targets in windows:
-            logits, state = model(inputs.to(model.device), state)
-            nll, count = loss(logits, targets.to(model.device))
+            nll, count, state = model.nll(inputs.to(model.device), targets.to(model.device), state)
             nll_nats += nll.item()
             tokens += count
     return Evaluation("paper", tokens, nll_nats)
@@ -117,12 +116,12 @@ def _sweep(
         offsets = np.arange(first, min(first + num_steps, length) + 1)[:, None]  # (T + 1, 1)
         positions = starts + offsets  # (T + 1, B)
         window = torch.from_numpy(ids[np.minimum(positions, targets)].astype(np.int64)).to(model.device)
-        logits, states = model(window[:-1], states)
+        outputs, states = model.hidden(window[:-1], states)
         following = window[1:]
         if positions[-1, -1] > targets:  # the last segment is shorter
             counted = torch.from_numpy(positions[1:] <= targets).to(model.device)
-            logits, following = logits[counted], following[counted]
-        nll, _ = loss(logits, following)
+            outputs, following = outputs[counted], following[counted]
+        nll, _ = decoder_loss(outputs, model.decoder, following)
         nll_nats += nll.item()
     return nll_nats, states
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from unrolled.data.tokens import Tokenizer
 from unrolled.errors import UnrolledError
 from unrolled.nn.model import LanguageModel
+from unrolled.nn.stream import Stream
 from unrolled.nn.unroll import LayerStates
 
 _STEPS_AT_ONCE = 256
@@ -138,6 +139,7 @@ def _drawn(
     write = tokenizer.decoder()
     for id in tokenizer.encode(prompt).tolist():  # so that the text goes on where the prompt ends
         write(id)
+    stream = Stream(model, state)
     for _ in range(length):
         allowed = torch.zeros(len(tokenizer)) if log_probs is None else log_probs.cpu().clone()
         if not unknown and tokenizer.unknown_id is not None:
@@ -147,9 +149,7 @@ def _drawn(
         else:
             id = draw(allowed, source, temperature, top_k, top_p)
         yield write(id)
-        with torch.inference_mode():
-            logits, state = model(torch.tensor([[id]], device=model.device), state)
-            log_probs = logits[0, 0].float().log_softmax(-1)
+        log_probs = stream.read(torch.tensor([id], device=model.device))[0]
 
 
 def draw(log_probs: Tensor, source: torch.Generator, temperature: float, top_k: int, top_p: float) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from unrolled.data.tokens import Tokenizer
-from unrolled.nn.loss import perplexity
+from unrolled.nn.loss import perplexity, token_nll
 from unrolled.nn.model import LanguageModel
 
 _LOGITS_AT_ONCE = 1 << 22
@@ -61,8 +61,8 @@ def score(model: LanguageModel, tokenizer: Tokenizer, text: str) -> Score:
     state, log_probs = model.initial_state(1), []
     steps = max(1, _LOGITS_AT_ONCE // model.vocab_size)
     for window, targets in zip(inputs[:-1].split(steps), inputs[1:].split(steps), strict=True):
-        logits, state = model(window, state)
-        log_probs += logits.float().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).flatten().tolist()
+        outputs, state = model.hidden(window, state)
+        log_probs += (-token_nll(outputs, model.decoder, targets)).flatten().tolist()
     tokens = [tokenizer.token(int(id)) for _, id in pairwise(ids)]
     unknown = 0 if tokenizer.unknown_id is None else int((ids[1:] == tokenizer.unknown_id).sum())
     return Score(text, list(zip(tokens, log_probs, strict=True)), unknown)

@@ -1,11 +1,15 @@
 """Summed nats and token counts; nats -> perplexity, bits. Sum, count, divide once."""
 
 import math
-from typing import Any, final
+from typing import Any, TypeGuard, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from unrolled.kernels import ops
+
+_FEW_WORDS = 256
 
 
 def loss_plain(logits: Tensor, targets: Tensor) -> tuple[Tensor, int]:
@@ -28,6 +32,48 @@ def loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, int]:
         The sum (a scalar in the logits' precision, at least f32) and the number of targets.
     """
     return _SummedNLL.apply(logits.flatten(0, -2), targets.flatten()), targets.numel()
+
+
+def decoder_loss(hidden: Tensor, decoder: nn.Module, targets: Tensor) -> tuple[Tensor, int]:
+    """The loss of what a decoder makes of the hidden layer; without the logits where kernels serve.
+
+    Args:
+        hidden: (T, B, H), or any shape that ends in H.
+        decoder: a linear layer to V logits, or what else yields them.
+        targets: ids, in the shape of `hidden` but for H.
+
+    Returns:
+        As `loss`.
+    """
+    if _kernel_pays(decoder):
+        return token_nll(hidden, decoder, targets).sum(), targets.numel()
+    with torch.autocast(hidden.device.type, enabled=torch.is_autocast_enabled() and _is_large(decoder)):
+        return loss(decoder(hidden), targets)
+
+
+def _kernel_pays(decoder: nn.Module) -> TypeGuard[nn.Linear]:
+    """The kernel goes through the vocabulary in strips; of a few dozen characters there is less than one a thread."""
+    return _is_large(decoder) and ops.serves(decoder.weight)
+
+
+def _is_large(decoder: nn.Module) -> TypeGuard[nn.Linear]:
+    return isinstance(decoder, nn.Linear) and decoder.out_features >= _FEW_WORDS
+
+
+def token_nll_plain(hidden: Tensor, decoder: nn.Module, targets: Tensor) -> Tensor:
+    """The oracle of `token_nll`."""
+    return -decoder(hidden).float().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def token_nll(hidden: Tensor, decoder: nn.Module, targets: Tensor) -> Tensor:
+    """Each target's negative log-likelihood in nats, in the shape of `targets`; the arguments are `decoder_loss`'s."""
+    if not _kernel_pays(decoder):
+        return token_nll_plain(hidden, decoder, targets)
+    narrow, keep = torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()
+    nll, *_ = torch.ops.unrolled.decoder_nll(
+        hidden.flatten(0, -2), decoder.weight, decoder.bias, targets.flatten(), narrow, keep
+    )
+    return nll.view_as(targets)
 
 
 @final

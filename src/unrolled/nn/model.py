@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from unrolled.nn.cells import CELLS, Cell, Jordan
+from unrolled.nn.dropout import Dropout
+from unrolled.nn.loss import decoder_loss
 from unrolled.nn.unroll import LayerStates, Unroll, unroll
 
 
@@ -46,7 +48,7 @@ class LanguageModel(nn.Module):
         cells = nn.ModuleList(CELLS[cell](e, h, **cell_options) for e, h in pairwise(sizes))
         self.layers = cast("Sequence[Cell]", cells)
         self.decoder = nn.Identity() if CELLS[cell].decodes else nn.Linear(sizes[-1], vocab_size)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.unroll: Unroll = unroll
         self.reset_parameters(init_scale)
 
@@ -112,6 +114,11 @@ class LanguageModel(nn.Module):
         """inputs (T, B), states -> logits (T, B, V) of the token after each, the states after the last step."""
         outputs, states = self.hidden(inputs, states)
         return self.decoder(outputs), states
+
+    def nll(self, inputs: Tensor, targets: Tensor, states: LayerStates) -> tuple[Tensor, int, LayerStates]:
+        """inputs, targets (T, B) -> summed negative log-likelihood in nats, how many targets, the states after."""
+        outputs, states = self.hidden(inputs, states)
+        return *decoder_loss(outputs, self.decoder, targets), states
 
     def num_parameters(self) -> int:
         """How many numbers are learnt."""

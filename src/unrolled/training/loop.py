@@ -20,12 +20,13 @@ from unrolled.data.tokens import Vocabulary
 from unrolled.errors import UnrolledError
 from unrolled.inference.evaluate import Evaluation, evaluate_exact, evaluate_paper, ngram_perplexity
 from unrolled.inference.generate import sample
-from unrolled.nn.loss import loss, perplexity
+from unrolled.kernels import build
+from unrolled.nn.loss import perplexity
 from unrolled.nn.model import LanguageModel
 from unrolled.nn.unroll import LayerStates, detach
 from unrolled.recipe import Recipe, Training, load_recipe
 from unrolled.run import Run, build_model, load, num_parameters, pick_device, refuse_what_cannot_fit
-from unrolled.training.optim import clip_by_global_norm, learning_rate, make_optimizer
+from unrolled.training.optim import clip_and_step, learning_rate, make_optimizer
 from unrolled.training.resume import Position, load_point, resume_file, save_point
 
 Progress = Callable[[dict[str, Any]], object]
@@ -64,17 +65,14 @@ def run_epoch(
         for group in optimizer.param_groups:
             group["lr"] = rate
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits, states = model(inputs.to(device), detach(states))
-        nll, count = loss(logits, targets.to(device))  # summed nats, tokens
+            nll, count, states = model.nll(inputs.to(device), targets.to(device), detach(states))  # summed nats, tokens
         (nll / training.batch_size).backward()  # the references' scale: summed over time, averaged over streams
-        grad_norm = clip_by_global_norm(model.parameters(), training.max_grad_norm)
+        grad_norm = clip_and_step(optimizer, training.max_grad_norm)
         if not math.isfinite(grad_norm):
             raise UnrolledError(
                 f"the gradient is not finite at step {position.step + 1}; lower --training.learning-rate "
                 f"(now {rate:g}) or --training.max-grad-norm"
             )
-        optimizer.step()
-        optimizer.zero_grad()
 
         nll_nats = nll.item()
         position.window += 1
@@ -123,15 +121,16 @@ def train(
     for name in (recipe.data.corpus, str(path)):
         _refuse_undecodable(name)
     changes = {name: recipe.value(name) for name in changes}
+    device = pick_device(recipe.training.device)
+    recipe = recipe.changed({"training.precision": _precision(recipe.training.precision, device)})
     training = recipe.training
-    device = pick_device(training.device)
     dataset = _resumed_dataset(path, recipe, changes) if resume else _dataset(recipe, progress)
     windows = Windows(dataset.ids["train"], training.batch_size, training.num_steps)
 
     refuse_what_cannot_fit(memory_needed(recipe, len(dataset.tokenizer)))
     torch.manual_seed(training.seed)
     model = build_model(recipe.model, len(dataset.tokenizer)).to(device)
-    optimizer = make_optimizer(model.parameters(), training)
+    optimizer = make_optimizer(model, training)
     position, states = Position(), model.initial_state(training.batch_size)
     if resume:
         position, states = load_point(path, model, optimizer)
@@ -145,6 +144,7 @@ def train(
         folder.create(path, recipe, changes, dataset)
         save_point(path, position, model, optimizer, states)  # so that there is a resume point from the first moment
     progress(_note(f"{path}: {model.num_parameters():,} parameters, {windows.num_targets:,} tokens an epoch, {device}"))
+    _say_kernels(path, device, training.precision, progress)
 
     with StopRequest() as stop:
         _train_epochs(path, recipe, dataset, model, optimizer, windows, position, states, stop, progress)
@@ -309,6 +309,26 @@ def _dataset(recipe: Recipe, progress: Progress) -> Dataset:
     return dataset
 
 
+def _precision(asked: str, device: torch.device) -> str:
+    """What `auto` comes to here."""
+    if asked != "auto":
+        return asked
+    return "bf16" if device.type == "cpu" and build.multiplies_bf16() else "f32"
+
+
+def _say_kernels(path: Path, device: torch.device, precision: str, progress: Progress) -> None:
+    """Which kernels run, what would make it faster, and whether a resumed training began with others."""
+    if device.type != "cpu":
+        return
+    used, before = build.in_use(), folder.read_manifest(path)["versions"].get("kernels")
+    if used == "none":
+        progress(_note(f"{precision}, on PyTorch alone; unrolled kernels build makes this several times faster"))
+    else:
+        progress(_note(f"{precision}, on the {used} kernels"))
+    if before not in (None, used):
+        progress(_note(f"this run began on the {before} kernels; it goes on, but not bit for bit"))
+
+
 def _located(data: str) -> str:
     """A path that holds from any folder; a name as it is."""
     _refuse_undecodable(data)
@@ -335,6 +355,8 @@ def _resumed(
     folder.check_files(path, manifest)
     saved = load_recipe(path / "recipe.toml")
     wanted = (asked.changed(manifest["changes"]) if asked else saved).changed(changes)
+    if wanted.training.precision == "auto":
+        wanted = wanted.changed({"training.precision": saved.training.precision})
     different = [name for name in wanted.differences(saved) if name not in MAY_CHANGE]
     if different:
         raise UnrolledError(f"{path} was begun with other values of {', '.join(different)}; resume without them")

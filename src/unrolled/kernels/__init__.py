@@ -1,0 +1,1 @@
+"""Fast twins of what nn/ defines, compiled for this processor when asked for."""

@@ -1,0 +1,210 @@
+"""The native kernels: compiled for this processor when asked to, kept in the cache, loaded where they are there.
+
+Nothing is compiled by importing this or by making a model: `unrolled kernels build` does it, once for each version of
+the sources, of PyTorch and of the processor. Without a compiler, or before that, everything runs on PyTorch alone.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from unrolled.errors import UnrolledError
+from unrolled.files import cache_folder
+
+SOURCES = Path(__file__).parent / "source"
+OPTIONS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-w")
+_CHECK_S = 60
+
+
+@dataclass(frozen=True)
+class Level:
+    """A kind of processor: the flags that it shows, the compiler's options for it, whether it multiplies bf16."""
+
+    flags: frozenset[str]
+    options: tuple[str, ...]
+    multiplies_bf16: bool = False
+
+
+def _levels() -> dict[str, Level]:
+    avx2 = {"avx2", "fma"}
+    avx512 = avx2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+    bf16 = avx512 | {"avx512_bf16"}
+    amx = bf16 | {"amx_tile", "amx_bf16"}
+
+    def level(flags: set[str], multiplies_bf16: bool = False) -> Level:
+        options = tuple("-m" + flag.replace("512_", "512").replace("amx_", "amx-") for flag in sorted(flags))
+        return Level(frozenset(flags), options, multiplies_bf16)
+
+    return {
+        "amx": level(amx, True),
+        "avx512-bf16": level(bf16, True),
+        "avx512": level(avx512),
+        "avx2": level(avx2),
+        "portable": level(set()),
+    }
+
+
+LEVELS = _levels()
+"""From the fastest down."""
+
+
+@cache
+def processor_flags() -> frozenset[str]:
+    """What the processor says it can do; nothing where there is no /proc/cpuinfo, which leaves the portable level."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").partition(":")[2].split())
+
+
+def chosen_level() -> str | None:
+    """The level to use: `UNROLLED_KERNELS` (a level, or off), or the best that this processor can.
+
+    Raises:
+        UnrolledError: there is no such level, or the processor cannot do it.
+    """
+    able = [name for name, level in LEVELS.items() if level.flags <= processor_flags()]
+    wanted = os.environ.get("UNROLLED_KERNELS") or able[0]
+    if wanted == "off":
+        return None
+    if wanted not in able:
+        raise UnrolledError(f"UNROLLED_KERNELS is {wanted!r}; here it may be off, " + ", ".join(able))
+    return wanted
+
+
+def library_path(level: str) -> Path:
+    """Where the library of a level lies, or would: its name says what it was made from."""
+    made_from = hashlib.sha256(torch.__version__.encode())
+    for part in (*sorted(SOURCES.iterdir()), *OPTIONS, *LEVELS[level].options):
+        made_from.update(part.read_bytes() if isinstance(part, Path) else part.encode())
+    return cache_folder() / "kernels" / f"{platform.machine()}-{level}-{made_from.hexdigest()[:16]}.so"
+
+
+def compiler() -> list[str] | None:
+    """The C++ compiler's command: `CXX`, or the first that is there."""
+    if command := os.environ.get("CXX"):
+        return shlex.split(command)
+    return next(([path] for name in ("g++", "c++", "clang++") if (path := shutil.which(name))), None)
+
+
+def build(again: bool = False) -> Path:
+    """Compiles the kernels for this processor, unless they are there.
+
+    The library is made under another name, tried in a process of its own, and then given its name, so two that build
+    at once do each other no harm, and what does not run is never loaded.
+
+    Raises:
+        UnrolledError: they are switched off, there is no compiler, or the build failed; PyTorch's own way remains.
+    """
+    level = chosen_level()
+    if level is None:
+        raise UnrolledError("the kernels are switched off: UNROLLED_KERNELS is off")
+    path = library_path(level)
+    if path.is_file() and not again:
+        return path
+    command = compiler()
+    if command is None:
+        raise UnrolledError(
+            "no C++ compiler: install g++ (apt install g++) and run unrolled kernels build; "
+            "until then everything runs on PyTorch alone"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=path.parent) as folder:
+        made = Path(folder) / "kernels.so"
+        sources = sorted(map(str, SOURCES.glob("*.cpp")))
+        _run([*command, *OPTIONS, *LEVELS[level].options, *sources, "-o", str(made)], "did not compile")
+        _run([sys.executable, "-c", _CHECK, str(made)], "do not run here")
+        made.replace(path)
+    _loaded.cache_clear()
+    return path
+
+
+_CHECK = """
+import ctypes, sys
+import torch
+library = ctypes.CDLL(sys.argv[1])
+sys.exit(0 if library.prepare() == 0 else "the system does not grant the matrix unit")
+"""
+
+
+def _run(command: list[str], failure: str) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise UnrolledError(f"the kernels {failure}: {command[0]}: {error.strerror}") from error
+    if done.returncode:
+        said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-300:])
+        raise UnrolledError(f"the kernels {failure}: {said or f'status {done.returncode}'}")
+
+
+SIGNATURES = {
+    "prepare": "",
+    "recurrent_forward": "iiiqqqq" + "p" * 11,
+    "recurrent_backward": "iiiqqqq" + "p" * 17,
+    "decoder_forward": "iiqqq" + "p" * 8,
+    "decoder_backward": "iiqqq" + "p" * 11,
+    "square_of_norm": "iippp",
+    "descend": "iipppf",
+    "dropout": "iqqfqpp",
+    "layer_size": "iiiqqp",
+    "lay_out_layer": "iiiqq" + "p" * 6,
+    "lay_out_decoder": "iqqpp",
+    "step_of_model": "piqpppp",
+    "largest_of": "qqppp",
+}
+_TYPES = {"i": ctypes.c_int, "q": ctypes.c_int64, "p": ctypes.c_void_p, "f": ctypes.c_float}
+
+
+_off = False
+
+
+@contextmanager
+def switched_off() -> Iterator[None]:
+    """Within it everything runs on PyTorch alone."""
+    global _off
+    before, _off = _off, True
+    try:
+        yield
+    finally:
+        _off = before
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where they are not there or switched off."""
+    return None if _off else _loaded()
+
+
+@cache
+def _loaded() -> ctypes.CDLL | None:
+    level = chosen_level()
+    path = library_path(level) if level else None
+    if path is None or not path.is_file():
+        return None
+    loaded = ctypes.CDLL(str(path))
+    for name, signature in SIGNATURES.items():
+        getattr(loaded, name).argtypes = [_TYPES[letter] for letter in signature]
+    return loaded if loaded.prepare() == 0 else None
+
+
+def in_use() -> str:
+    """The level of the kernels that run here, or none."""
+    return chosen_level() or "none" if library() is not None else "none"
+
+
+def multiplies_bf16() -> bool:
+    """Whether the kernels run here and the processor multiplies bf16 of its own accord."""
+    return in_use() != "none" and LEVELS[in_use()].multiplies_bf16

@@ -1,0 +1,239 @@
+// One step of a whole model for one or few streams: weights laid out once, then read from end to end for each token.
+//
+// A layer multiplies [input, hidden layer before] by one matrix; where its inputs are one-hot it adds a row of a table.
+#include <cmath>
+
+#include "cells.h"
+
+struct Layer {
+    int kind, one_hot;
+    int64_t inputs, hidden;
+    const void* panels;   // (U, S, K / G, 16, G), K: input and hidden layer
+    const float* biases;  // (U, S, 16)
+    const float* table;   // (inputs, U, S, 16) where inputs are one-hot
+    float* h;             // (B, H), read and written
+    float* c;             // (B, H), an LSTM's
+};
+
+template <class T> static int64_t input_depth(const Layer& layer) { return layer.one_hot ? 0 : padded<T>(layer.inputs); }
+template <class T> static int64_t depth(const Layer& layer) { return input_depth<T>(layer) + padded<T>(layer.hidden); }
+
+static thread_local Workspace workspace;
+
+template <class T, class Cell>
+static void lay_out(const Layer& layer, const float* weight_ih, const float* weight_hh, const float* bias, T* panel,
+                    float* biases, float* table) {
+    const int64_t width = panels(layer.hidden) * Cell::SLOTS * PANEL;
+    for (int64_t u = 0; u < panels(layer.hidden); ++u)
+        for (int s = 0; s < Cell::SLOTS; ++s, panel += depth<T>(layer) * PANEL) {
+            const int gate = Cell::FROM_INPUT[s];
+            if (!layer.one_hot) slot_panel(weight_ih, layer.hidden, u, gate, layer.inputs, panel);
+            slot_panel(
+                weight_hh, layer.hidden, u, Cell::FROM_HIDDEN[s], layer.hidden, panel + input_depth<T>(layer) * PANEL);
+            for (int64_t j = 0; j < PANEL; ++j) {
+                const int64_t unit = u * PANEL + j, at = (u * Cell::SLOTS + s) * PANEL + j;
+                const bool real = gate >= 0 && unit < layer.hidden;
+                biases[at] = real ? bias[gate * layer.hidden + unit] : 0;
+                for (int64_t id = 0; layer.one_hot && id < layer.inputs; ++id)
+                    table[id * width + at] = real ? weight_ih[(gate * layer.hidden + unit) * layer.inputs + id] : 0;
+            }
+        }
+}
+
+// This thread's units of a layer: their products, their arithmetic, their place in the row of the layer above.
+template <class T, class Cell>
+static void advance(
+    Tiles& tiles, Member me, int64_t batch, const Layer& layer, const int64_t* ids, const T* row, float* products,
+    T* above, int64_t above_ld) {
+    constexpr int S = Cell::SLOTS;
+    const Share own = me.share(panels(layer.hidden));
+    const int64_t K = depth<T>(layer), first = own.begin * S * PANEL, width = panels(layer.hidden) * S * PANEL;
+    const int64_t own_width = (own.end - own.begin) * S * PANEL;
+    if (!own_width) return;
+    if (layer.one_hot)
+        for (int64_t b = 0; b < batch; ++b)
+            std::memcpy(products + b * width + first, layer.table + ids[b] * width + first, own_width * sizeof(float));
+    multiply<T>(
+        tiles, batch, own_width / PANEL, K, row, K, static_cast<const T*>(layer.panels) + first * K, K * PANEL,
+        products + first, width, layer.one_hot);
+    for (int64_t b = 0; b < batch; ++b)
+        for (int64_t unit = own.begin * PANEL; unit < own.end * PANEL; unit += LANES) {
+            const int64_t block = unit / PANEL * S * PANEL + unit % PANEL;
+            Vec slot[S], bias[S], c{}, h = load_part(layer.h + b * layer.hidden, unit, layer.hidden);
+            for (int s = 0; s < S; ++s) {
+                slot[s] = load(products + b * width + block + s * PANEL);
+                bias[s] = load(layer.biases + block + s * PANEL);
+            }
+            if (Cell::CELL) c = load_part(layer.c + b * layer.hidden, unit, layer.hidden);
+            h = Cell::forward(slot, bias, h, c);
+            store_part(layer.h + b * layer.hidden, unit, layer.hidden, h);
+            if (Cell::CELL) store_part(layer.c + b * layer.hidden, unit, layer.hidden, c);
+            if (unit + LANES <= layer.hidden) put(above + b * above_ld + unit, h);
+            else for (int64_t j = unit; j < layer.hidden; ++j) put1(above + b * above_ld + j, h[j - unit]);
+        }
+}
+
+// ids (B) -> logits (B, panels of V), and the logarithm of the sum of their exponentials (B).
+template <class T>
+static void step(
+    int threads, int64_t batch, int64_t count, const Layer* layers, const int64_t* ids, const float* embedding,
+    int64_t vocabulary, const T* decoder, const float* decoder_bias, float* logits, float* normaliser) {
+    const int64_t top = layers[count - 1].hidden, top_depth = padded<T>(top), across = panels(vocabulary) * PANEL;
+    size_t room = Workspace::room<T>((batch + ROW_SLACK) * top_depth) + 2 * Workspace::room<float>(threads * batch);
+    for (int64_t l = 0; l < count; ++l)
+        room += Workspace::room<T>((batch + ROW_SLACK) * depth<T>(layers[l])) +
+                Workspace::room<float>(batch * panels(layers[l].hidden) * 4 * PANEL);
+    workspace.reserve(room);
+    T* rows[65];
+    float* products[64];
+    for (int64_t l = 0; l < count; ++l) {
+        rows[l] = workspace.take<T>((batch + ROW_SLACK) * depth<T>(layers[l]));
+        products[l] = workspace.take<float>(batch * panels(layers[l].hidden) * 4 * PANEL);
+    }
+    T* hidden = rows[count] = workspace.take<T>((batch + ROW_SLACK) * top_depth);
+    float* most = workspace.take<float>(threads * batch);
+    float* sums = workspace.take<float>(threads * batch);
+
+    together(threads, [&](Member me) {
+        Tiles tiles;
+        const Share mine = me.share(count);
+        for (int64_t l = mine.begin; l < mine.end; ++l) {
+            const Layer& layer = layers[l];
+            const int64_t K = depth<T>(layer), from = input_depth<T>(layer);
+            to_rows(layer.h, batch, layer.hidden, layer.hidden, rows[l] + from, K, K - from);
+            for (int64_t b = 0; b < batch && !layer.one_hot; ++b)
+                for (int64_t j = layer.inputs; j < from; ++j) put1(rows[l] + b * K + j, 0);
+            for (int64_t b = 0; b < batch && l == 0 && !layer.one_hot; ++b)
+                to_rows(embedding + ids[b] * layer.inputs, 1, layer.inputs, layer.inputs, rows[0] + b * K, K, from);
+        }
+        if (me.thread == 0)
+            for (int64_t b = 0; b < batch; ++b)
+                for (int64_t j = top; j < top_depth; ++j) put1(hidden + b * top_depth + j, 0);
+        me.wait();
+        for (int64_t l = 0; l < count; ++l) {
+            const int64_t above = l + 1 < count ? depth<T>(layers[l + 1]) : top_depth;
+            with_cell(layers[l].kind, [&](auto cell) {
+                advance<T, decltype(cell)>(
+                    tiles, me, batch, layers[l], ids, rows[l], products[l], rows[l + 1], above);
+            });
+            me.wait();
+        }
+        const Share words = me.share(panels(vocabulary));
+        const int64_t first = words.begin * PANEL, last = std::min(words.end * PANEL, vocabulary);
+        multiply<T>(
+            tiles, batch, words.end - words.begin, top, hidden, top_depth, decoder + words.begin * top_depth * PANEL,
+            top_depth * PANEL, logits + first, across, false);
+        for (int64_t b = 0; b < batch; ++b) {
+            float* row = logits + b * across;
+            Vec high = splat(-__builtin_inff());
+            for (int64_t v = first; v < words.end * PANEL; v += LANES) {
+                Vec logit = load(row + v) + load_part(decoder_bias, v, vocabulary);
+                for (int64_t j = vocabulary; j < v + LANES; ++j) if (j >= v) logit[j - v] = -__builtin_inff();
+                store(row + v, logit);
+                high = logit > high ? logit : high;
+            }
+            const float peak = largest(high);
+            Vec total{};
+            for (int64_t v = first; v < words.end * PANEL; v += LANES) total = total + exp(load(row + v) - peak);
+            most[me.thread * batch + b] = peak;
+            sums[me.thread * batch + b] = first < last ? sum(total) : 0;
+        }
+        me.wait();
+        if (me.thread == 0)
+            for (int64_t b = 0; b < batch; ++b) {
+                float peak = most[b], total = 0;
+                for (int i = 1; i < me.threads; ++i) peak = std::max(peak, most[i * batch + b]);
+                for (int i = 0; i < me.threads; ++i)
+                    if (sums[i * batch + b] > 0) total += sums[i * batch + b] * std::exp(most[i * batch + b] - peak);
+                normaliser[b] = peak + std::log(total);
+            }
+    });
+}
+
+// ------------------------------------------------------------------------------------------------ C
+
+// How many operands the panels of a layer take.
+extern "C" int layer_size(int kind, int narrow, int one_hot, int64_t inputs, int64_t hidden, int64_t* size) {
+    Layer layer{kind, one_hot, inputs, hidden, nullptr, nullptr, nullptr, nullptr, nullptr};
+    const int64_t K = narrow ? depth<bf16>(layer) : depth<float>(layer);
+    *size = panels(hidden) * (kind <= GRU ? 4 : 1) * PANEL * K;
+    return 0;
+}
+
+extern "C" int lay_out_layer(
+    int kind, int narrow, int one_hot, int64_t inputs, int64_t hidden, const float* weight_ih, const float* weight_hh,
+    const float* bias, void* panels, float* biases, float* table) {
+    Layer layer{kind, one_hot, inputs, hidden, nullptr, nullptr, nullptr, nullptr, nullptr};
+    return choose(kind, narrow, [&](auto cell, auto operand) {
+        lay_out<decltype(operand), decltype(cell)>(
+            layer, weight_ih, weight_hh, bias, static_cast<decltype(operand)*>(panels), biases, table);
+    });
+}
+
+extern "C" int lay_out_decoder(int narrow, int64_t hidden, int64_t vocabulary, const float* weight, void* target) {
+    return choose(LSTM, narrow, [&](auto, auto operand) {
+        using T = decltype(operand);
+        for (int64_t p = 0; p < panels(vocabulary); ++p)
+            to_panel_from_columns<T>(
+                weight + p * PANEL * hidden, hidden, std::min<int64_t>(PANEL, vocabulary - p * PANEL), hidden,
+                static_cast<T*>(target) + p * panel_size<T>(hidden));
+    });
+}
+
+// A packed model begins with this; places are in bytes from its beginning.
+struct Header {
+    int64_t narrow, count, vocabulary, embedding, decoder, decoder_bias;
+    struct {
+        int64_t kind, one_hot, inputs, hidden, panels, biases, table;
+    } layers[64];
+};
+
+// state: for each layer h (B, H), and for an LSTM c (B, H), one after the other; read and written.
+extern "C" int step_of_model(
+    const char* packed, int threads, int64_t batch, const int64_t* ids, float* state, float* logits, float* normaliser) {
+    const Header& header = *reinterpret_cast<const Header*>(packed);
+    Layer layers[64];
+    for (int64_t l = 0; l < header.count; ++l) {
+        const auto& from = header.layers[l];
+        const int64_t size = batch * from.hidden;
+        layers[l] = {
+            static_cast<int>(from.kind), static_cast<int>(from.one_hot), from.inputs, from.hidden, packed + from.panels,
+            reinterpret_cast<const float*>(packed + from.biases), reinterpret_cast<const float*>(packed + from.table),
+            state, state + size};
+        state += from.kind == LSTM ? 2 * size : size;
+    }
+    return choose(LSTM, header.narrow, [&](auto, auto operand) {
+        using T = decltype(operand);
+        step<T>(
+            threads, batch, header.count, layers, ids, reinterpret_cast<const float*>(packed + header.embedding),
+            header.vocabulary, reinterpret_cast<const T*>(packed + header.decoder),
+            reinterpret_cast<const float*>(packed + header.decoder_bias), logits, normaliser);
+    });
+}
+
+// The k largest of n values, falling, those of equal size by rising place; places from 0.
+extern "C" int largest_of(int64_t n, int64_t k, const float* values, int64_t* places, float* found) {
+    int64_t held = 0;
+    auto insert = [&](int64_t place) {
+        int64_t i = held < k ? held++ : k - 1;
+        for (; i > 0 && found[i - 1] < values[place]; --i) {
+            found[i] = found[i - 1];
+            places[i] = places[i - 1];
+        }
+        found[i] = values[place];
+        places[i] = place;
+    };
+    int64_t i = 0;
+    for (; i < n && held < k; ++i) insert(i);
+    for (; i + LANES <= n; i += LANES) {
+        VecI above = load(values + i) > splat(found[k - 1]);
+        int any = 0;
+        for (int j = 0; j < LANES; ++j) any |= above[j];
+        if (any)
+            for (int64_t j = i; j < i + LANES; ++j)
+                if (values[j] > found[k - 1]) insert(j);
+    }
+    for (; i < n; ++i)
+        if (values[i] > found[k - 1]) insert(i);
+    return 0;
+}

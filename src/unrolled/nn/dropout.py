@@ -1,0 +1,46 @@
+"""Dropout: a unit is zero with probability p, else divided by 1 - p."""
+
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unrolled.kernels import ops
+
+
+@final
+class Dropout(nn.Module):
+    """Srivastava et al. 2014, scaled in training so that evaluation needs none.
+
+    On the CPU the mask comes from a hash of a seed and the place where kernels serve, many times faster than PyTorch's
+    generator; the seed is drawn from that generator, so a resumed training drops the same units.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        if not ops.serves(x):
+            return F.dropout(x, self.p)
+        return torch.ops.unrolled.dropout(x, self.p, int(torch.randint(1 << 62, ())))
+
+    def extra_repr(self) -> str:
+        return f"{self.p:g}"
+
+
+def dropout_plain(x: Tensor, p: float, seed: int) -> Tensor:
+    """The oracle of the kernel: the same mask, by the same hash (MurmurHash3's last steps, twice)."""
+    word = 0xFFFFFFFF
+
+    def mixed(h: Tensor) -> Tensor:
+        h = (h ^ (h >> 16)) * 0x85EBCA6B & word
+        h = (h ^ (h >> 13)) * 0xC2B2AE35 & word
+        return h ^ (h >> 16)
+
+    places = torch.arange(x.numel())
+    h = mixed(mixed((places + seed) & word) ^ (seed >> 32 & word))
+    return torch.where(h >= int(p * 2**32), x.flatten() / (1 - p), 0.0).view_as(x)

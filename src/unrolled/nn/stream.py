@@ -1,0 +1,61 @@
+"""A model that reads B texts token by token, for those who ask after each what comes next."""
+
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from unrolled.kernels import ops
+from unrolled.nn.model import LanguageModel
+from unrolled.nn.unroll import LayerStates, kernel_layer
+
+
+@final
+class Stream:
+    """Reads a token of each of B texts at a time, and says how probable every token is to follow.
+
+    Where kernels serve, the weights are laid out once when the stream is made and read from end to end for every token;
+    else each token goes through the model. The weights must not change meanwhile.
+
+    Args:
+        model: in evaluation mode.
+        states: of B texts, from `model.initial_state(B)` or after what was read so far.
+        narrow: bf16 weights, where kernels serve.
+    """
+
+    def __init__(self, model: LanguageModel, states: LayerStates, narrow: bool = False) -> None:
+        self.model = model
+        self._states = states
+        self._packed: Tensor | None = None
+        layers = [layer for cell in model.layers if (layer := kernel_layer(cell))]
+        decoder = model.decoder
+        if (
+            ops.serves(model.layers[0].weight_hh)
+            and len(layers) == len(model.layers)
+            and isinstance(decoder, nn.Linear)
+        ):
+            embedding = model.embedding.weight if isinstance(model.embedding, nn.Embedding) else None
+            self._packed = ops.pack(layers, embedding, decoder.weight, decoder.bias, narrow)
+            self._state = torch.cat([tensor.flatten() for state in states for tensor in state])
+
+    @torch.inference_mode()
+    def read(self, ids: Tensor) -> Tensor:
+        """ids (B,) -> log-probabilities (B, V) of what follows each."""
+        if self._packed is None:
+            return self._read_plain(ids)
+        logits, normaliser = torch.ops.unrolled.step(self._packed, ids, self._state, self.model.vocab_size)
+        return logits[:, : self.model.vocab_size] - normaliser.unsqueeze(-1)
+
+    @torch.inference_mode()
+    def likeliest(self, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """ids (1,) -> the k largest log-probabilities of what follows, falling, and the ids that have them."""
+        if self._packed is None:
+            return self._read_plain(ids)[0].topk(k)
+        logits, normaliser = torch.ops.unrolled.step(self._packed, ids, self._state, self.model.vocab_size)
+        values, places = torch.ops.unrolled.largest(logits[0], k)
+        return values - normaliser, places
+
+    def _read_plain(self, ids: Tensor) -> Tensor:
+        """The oracle of `read`."""
+        logits, self._states = self.model(ids.unsqueeze(0), self._states)
+        return logits[0].float().log_softmax(-1)

@@ -1,0 +1,251 @@
+"""The native kernels agree with their plain twins, values and gradients, over odd shapes."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis.strategies import booleans, floats, integers, sampled_from
+from torch import Tensor, nn
+
+from unrolled.kernels import build, ops
+from unrolled.nn.cells import CELLS, Cell, State
+from unrolled.nn.dropout import Dropout, dropout_plain
+from unrolled.nn.loss import token_nll, token_nll_plain
+from unrolled.nn.model import LanguageModel
+from unrolled.nn.stream import Stream
+from unrolled.nn.unroll import unroll_native, unroll_plain
+
+pytestmark = pytest.mark.skipif(build.library() is None, reason="the kernels are not built: unrolled kernels build")
+
+KINDS: list[tuple[str, dict[str, Any]]] = [
+    ("lstm", {}),
+    ("gru", {}),
+    ("elman", {}),
+    ("elman", {"activation": "relu", "join": "add"}),
+]
+
+
+def assert_near(native: list[Tensor], plain: list[Tensor], narrow: bool, limit: float = 1e-2) -> None:
+    """f32: each within 1e-5 of its norm. bf16: all together within `limit`, for one may be the rest of a sum."""
+    if narrow:
+        native, plain = ([torch.cat([tensor.flatten() for tensor in way])] for way in (native, plain))
+    for one, other in zip(native, plain, strict=True):
+        assert (one - other).norm() <= (limit if narrow else 1e-5) * other.norm() + 1e-6
+
+
+def gradients(way: Any, cell: Cell, inputs: Tensor, state: State, weights: list[Tensor]) -> list[Tensor]:
+    """What comes out, and the gradients of a weighted sum of it by inputs, state and parameters."""
+    leaves = [tensor.clone().requires_grad_(tensor.is_floating_point()) for tensor in (inputs, *state)]
+    outputs, after = way(cell, leaves[0], tuple(leaves[1:]))
+    total = torch.stack([(tensor * w).sum() for tensor, w in zip((outputs, *after), weights, strict=True)]).sum()
+    wanted = [leaf for leaf in leaves if leaf.requires_grad] + list(cell.parameters())
+    return [outputs, *after, *torch.autograd.grad(total, wanted)]
+
+
+@settings(max_examples=80)
+@given(
+    kind=sampled_from(KINDS),
+    narrow=booleans(),
+    one_hot=booleans(),
+    steps=integers(1, 9),
+    batch=integers(1, 40),
+    inputs_size=integers(1, 70),
+    hidden_size=integers(1, 90),
+    seed=integers(0, 1000),
+)
+def test_a_recurrent_layer_agrees_with_the_plain_loop(
+    kind: tuple[str, dict[str, Any]],
+    narrow: bool,
+    one_hot: bool,
+    steps: int,
+    batch: int,
+    inputs_size: int,
+    hidden_size: int,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    cell = CELLS[kind[0]](inputs_size, hidden_size, **kind[1])
+    inputs = torch.randn(steps, batch, inputs_size)
+    if one_hot:
+        inputs = torch.randint(inputs_size, (steps, batch))
+    state = tuple(torch.randn_like(tensor) / 2 for tensor in cell.initial_state(batch))
+    weights = [torch.randn(steps, batch, hidden_size), *map(torch.randn_like, state)]
+    plain = gradients(unroll_plain, cell, inputs, state, weights)
+    with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+        native = gradients(unroll_native, cell, inputs, state, weights)
+    flips = "activation" in kind[1]  # with ReLU a unit near 0 may be rounded to its other side
+    assert_near(native, plain, narrow, 0.2 if flips else 1e-2)
+
+
+@settings(max_examples=60)
+@given(
+    narrow=booleans(),
+    tokens=integers(1, 80),
+    hidden_size=integers(1, 70),
+    vocab_size=integers(256, 900),
+    scale=sampled_from([0.1, 1.0, 3.0]),
+    seed=integers(0, 1000),
+)
+def test_the_decoder_with_its_loss_agrees_with_whole_logits(
+    narrow: bool, tokens: int, hidden_size: int, vocab_size: int, scale: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    decoder = nn.Linear(hidden_size, vocab_size)
+    hidden, targets = torch.randn(tokens, hidden_size), torch.randint(vocab_size, (tokens,))
+    weights = torch.rand(tokens)
+
+    def run(way: Any) -> list[Tensor]:
+        leaf = (hidden * scale).requires_grad_()
+        nll = way(leaf, decoder, targets)
+        return [nll, *torch.autograd.grad((nll * weights).sum(), [leaf, *decoder.parameters()])]
+
+    plain = run(token_nll_plain)
+    with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+        native = run(token_nll)
+    assert_near(native, plain, narrow)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("size", [1e2, 1e4])
+def test_no_logits_are_too_large(narrow: bool, size: float) -> None:
+    torch.manual_seed(0)
+    decoder = nn.Linear(1, 300)
+    with torch.no_grad():
+        decoder.weight.copy_(torch.linspace(-size, size, 300).unsqueeze(1))
+    hidden = torch.tensor([[1.0], [-1.0], [1.0], [0.0]], requires_grad=True)
+    targets = torch.tensor([299, 299, 0, 5])
+    with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+        nll = token_nll(hidden, decoder, targets)
+    expected = token_nll_plain(hidden, decoder, targets)
+    torch.testing.assert_close(nll, expected, rtol=1e-2 if narrow else 1e-5, atol=size / 256 if narrow else 1e-3)
+    assert (nll > -1e-4).all()
+    nll.sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.isfinite().all()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in decoder.parameters())
+
+
+def test_what_is_not_a_number_stays_so() -> None:
+    cell, decoder = CELLS["lstm"](3, 20), nn.Linear(20, 2000)
+    inputs = torch.zeros(2, 2, 3)
+    inputs[0, 1, 2] = torch.nan
+    outputs, _ = unroll_native(cell, inputs, cell.initial_state(2))
+    assert outputs[:, 0].isfinite().all()
+    assert outputs[:, 1].isnan().all()
+    nll = token_nll(outputs[1], decoder, torch.tensor([1, 1]))
+    assert nll.isfinite().tolist() == [True, False]
+
+
+@given(
+    size=integers(0, 100),
+    p=floats(0.01, 0.99),
+    seed=integers(0, (1 << 62) - 1),
+)
+def test_dropouts_mask_is_that_of_the_plain_twin_forward_and_backward(size: int, p: float, seed: int) -> None:
+    x = torch.linspace(1, 2, size, requires_grad=True)
+    dropped = torch.ops.unrolled.dropout(x, p, seed)
+    torch.testing.assert_close(dropped, dropout_plain(x, p, seed))
+    (gradient,) = torch.autograd.grad(dropped.sum(), x)
+    torch.testing.assert_close(gradient, dropout_plain(torch.ones(size), p, seed))
+
+
+def test_dropout_drops_the_share_it_is_asked_to_and_no_two_alike() -> None:
+    size, p = 1_000_000, 0.35
+    masks = [torch.ops.unrolled.dropout(torch.ones(size), p, seed) == 0 for seed in (1, 2, 1 << 40)]
+    for mask in masks:
+        assert abs(mask.double().mean().item() - p) < 4 * (p * (1 - p) / size) ** 0.5
+        neighbours = (mask[1:] & mask[:-1]).double().mean().item()
+        assert abs(neighbours - p * p) < 4 * (p * p * (1 - p * p) / size) ** 0.5
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        both = (masks[one] & masks[other]).double().mean().item()
+        assert abs(both - p * p) < 4 * (p * p * (1 - p * p) / size) ** 0.5
+    dropout = Dropout(0.5)
+    torch.manual_seed(1)
+    first = dropout(torch.ones(100))
+    assert not torch.equal(first, dropout(torch.ones(100)))
+    torch.manual_seed(1)
+    assert torch.equal(first, dropout(torch.ones(100)))
+    assert torch.equal(dropout.eval()(torch.ones(100)), torch.ones(100))
+
+
+@given(sizes=sampled_from([(1,), (5, 3), (4096, 17, 1), (10_000, 300)]), scale=sampled_from([1e-3, 1.0, 1e3]))
+def test_norm_and_descent_are_those_of_pytorch(sizes: tuple[int, ...], scale: float) -> None:
+    torch.manual_seed(0)
+    gradients = [torch.randn(size) * scale for size in sizes]
+    parameters = [torch.randn(size) for size in sizes]
+    expected = torch.cat(gradients).double().norm()
+    torch.testing.assert_close(torch.ops.unrolled.global_norm(gradients), expected, rtol=1e-6, atol=0)
+    after = [parameter - 0.1 * gradient for parameter, gradient in zip(parameters, gradients, strict=True)]
+    torch.ops.unrolled.descend(parameters, gradients, 0.1)
+    for one, other in zip(parameters, after, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@settings(max_examples=40)
+@given(
+    kind=sampled_from(KINDS),
+    narrow=booleans(),
+    batch=integers(1, 20),
+    vocab_size=integers(2, 300),
+    embedding_size=integers(0, 40),
+    sizes=sampled_from([(1,), (33,), (16, 16), (20, 7, 40)]),
+)
+def test_a_packed_model_reads_as_the_model_does(
+    kind: tuple[str, dict[str, Any]],
+    narrow: bool,
+    batch: int,
+    vocab_size: int,
+    embedding_size: int,
+    sizes: tuple[int, ...],
+) -> None:
+    torch.manual_seed(0)
+    model = LanguageModel(vocab_size, embedding_size, sizes, kind[0], init_scale=0.3, **kind[1]).eval()
+    states = model.initial_state(batch)
+    stream = Stream(model, states, narrow)
+    with torch.no_grad():
+        for _ in range(5):
+            ids = torch.randint(vocab_size, (batch,))
+            logits, states = model(ids.unsqueeze(0), states)
+            torch.testing.assert_close(
+                stream.read(ids), logits[0].log_softmax(-1), rtol=0, atol=0.02 if narrow else 2e-5
+            )
+
+
+@given(size=integers(1, 200), seed=integers(0, 100), few=booleans())
+def test_the_largest_are_found_in_order(size: int, seed: int, few: bool) -> None:
+    torch.manual_seed(seed)
+    values = torch.randint(3, (size,)).float() if few else torch.randn(size)
+    k = 1 + seed % size
+    found, places = torch.ops.unrolled.largest(values, k)
+    expected = values.sort(descending=True, stable=True)
+    assert torch.equal(found, expected.values[:k])
+    assert torch.equal(places, expected.indices[:k])
+
+
+def test_the_operators_keep_to_pytorchs_rules() -> None:
+    torch.manual_seed(0)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(*shape, requires_grad=True)
+
+    names = torch.ops.unrolled
+    weights = leaf(28, 5), leaf(28, 7), leaf(28)
+    ids = torch.randint(5, (3, 4))
+    cases: list[tuple[Any, tuple[Any, ...]]] = [
+        (names.recurrent, (leaf(3, 4, 5), leaf(4, 7), leaf(4, 7), *weights, 0, False)),
+        (names.recurrent, (ids, leaf(4, 7), None, leaf(7, 5), leaf(7, 7), leaf(7), 2, False)),
+        (names.decoder_nll, (leaf(6, 7), leaf(11, 7), leaf(11), torch.randint(11, (6,)), False, True)),
+        (names.dropout, (leaf(3, 4), 0.5, 7)),
+        (names.global_norm, ([torch.randn(3), torch.randn(2, 2)],)),
+        (names.descend, ([torch.randn(3), torch.randn(2, 2)], [torch.randn(3), torch.randn(2, 2)], 0.1)),
+        (names.largest, (torch.randn(20), 3)),
+    ]
+    for operator, arguments in cases:
+        torch.library.opcheck(operator.default, arguments)
+
+
+def test_without_kernels_an_operator_says_what_is_missing() -> None:
+    with build.switched_off(), pytest.raises(RuntimeError, match="unrolled kernels build"):
+        torch.ops.unrolled.largest(torch.zeros(3), 1)
+    assert ops.serves(torch.zeros(3))

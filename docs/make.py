@@ -5,6 +5,7 @@ python docs/make.py [FOLDER]             with --tour the notebook is run anew an
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,9 +21,12 @@ WORDS = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog", "lay", "b
 def main(into: Path) -> None:
     (into / "commands.md").write_text(commands(), encoding="utf-8")
     (into / "windows.svg").write_text(windows_drawing(), encoding="utf-8")
+    pages: dict[str, dict[str, list[dict[str, Any]]]] = {}  # a picture for each page; the recipes of text8 share one
     for metrics in sorted((DOCS / "results").glob("*.metrics.jsonl")):
         name = metrics.name.removesuffix(".metrics.jsonl")
-        write_picture(perplexity_chart({name: read_metrics(metrics)}), into / "results" / f"{name}.svg")
+        pages.setdefault("text8" if name.startswith("text8") else name, {})[name] = read_metrics(metrics)
+    for page, runs in pages.items():
+        write_picture(perplexity_chart(runs), into / "results" / f"{page}.svg")
 
 
 def tour(path: Path) -> str:

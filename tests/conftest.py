@@ -10,6 +10,7 @@ from hypothesis import settings
 
 import unrolled
 from unrolled.data.text import find
+from unrolled.files import cache_folder
 
 settings.register_profile("tests", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("tests")
@@ -21,8 +22,11 @@ QUICK = {"training.learning_rate": 0.01, "model.dropout": 0.0, "model.init_scale
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """No test reads or writes the user's cache."""
+    """No test reads or writes the user's cache, but for the kernels that are built there."""
     folder = tmp_path_factory.mktemp("cache")
+    kernels = cache_folder() / "kernels"
+    if kernels.is_dir():
+        (folder / "kernels").symlink_to(kernels.resolve())
     os.environ["UNROLLED_CACHE"] = str(folder)
     return folder
 

@@ -1,5 +1,7 @@
 """The native kernels agree with their plain twins, values and gradients, over odd shapes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -24,6 +26,16 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("elman", {}),
     ("elman", {"activation": "relu", "join": "add"}),
 ]
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def assert_near(native: list[Tensor], plain: list[Tensor], narrow: bool, limit: float = 1e-2) -> None:
@@ -52,6 +64,7 @@ def gradients(way: Any, cell: Cell, inputs: Tensor, state: State, weights: list[
     batch=integers(1, 40),
     inputs_size=integers(1, 70),
     hidden_size=integers(1, 90),
+    workers=integers(1, 3),
     seed=integers(0, 1000),
 )
 def test_a_recurrent_layer_agrees_with_the_plain_loop(
@@ -62,6 +75,7 @@ def test_a_recurrent_layer_agrees_with_the_plain_loop(
     batch: int,
     inputs_size: int,
     hidden_size: int,
+    workers: int,
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
@@ -72,7 +86,7 @@ def test_a_recurrent_layer_agrees_with_the_plain_loop(
     state = tuple(torch.randn_like(tensor) / 2 for tensor in cell.initial_state(batch))
     weights = [torch.randn(steps, batch, hidden_size), *map(torch.randn_like, state)]
     plain = gradients(unroll_plain, cell, inputs, state, weights)
-    with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+    with threads(workers), torch.autocast("cpu", torch.bfloat16, enabled=narrow):
         native = gradients(unroll_native, cell, inputs, state, weights)
     flips = "activation" in kind[1]  # with ReLU a unit near 0 may be rounded to its other side
     assert_near(native, plain, narrow, 0.2 if flips else 1e-2)
@@ -85,10 +99,11 @@ def test_a_recurrent_layer_agrees_with_the_plain_loop(
     hidden_size=integers(1, 70),
     vocab_size=integers(256, 900),
     scale=sampled_from([0.1, 1.0, 3.0]),
+    workers=integers(1, 3),
     seed=integers(0, 1000),
 )
 def test_the_decoder_with_its_loss_agrees_with_whole_logits(
-    narrow: bool, tokens: int, hidden_size: int, vocab_size: int, scale: float, seed: int
+    narrow: bool, tokens: int, hidden_size: int, vocab_size: int, scale: float, workers: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
     decoder = nn.Linear(hidden_size, vocab_size)
@@ -101,7 +116,7 @@ def test_the_decoder_with_its_loss_agrees_with_whole_logits(
         return [nll, *torch.autograd.grad((nll * weights).sum(), [leaf, *decoder.parameters()])]
 
     plain = run(token_nll_plain)
-    with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+    with threads(workers), torch.autocast("cpu", torch.bfloat16, enabled=narrow):
         native = run(token_nll)
     assert_near(native, plain, narrow)
 
@@ -190,6 +205,7 @@ def test_norm_and_descent_are_those_of_pytorch(sizes: tuple[int, ...], scale: fl
     vocab_size=integers(2, 300),
     embedding_size=integers(0, 40),
     sizes=sampled_from([(1,), (33,), (16, 16), (20, 7, 40)]),
+    workers=integers(1, 3),
 )
 def test_a_packed_model_reads_as_the_model_does(
     kind: tuple[str, dict[str, Any]],
@@ -198,18 +214,30 @@ def test_a_packed_model_reads_as_the_model_does(
     vocab_size: int,
     embedding_size: int,
     sizes: tuple[int, ...],
+    workers: int,
 ) -> None:
     torch.manual_seed(0)
     model = LanguageModel(vocab_size, embedding_size, sizes, kind[0], init_scale=0.3, **kind[1]).eval()
     states = model.initial_state(batch)
     stream = Stream(model, states, narrow)
-    with torch.no_grad():
+    with threads(workers), torch.no_grad():
         for _ in range(5):
             ids = torch.randint(vocab_size, (batch,))
             logits, states = model(ids.unsqueeze(0), states)
             torch.testing.assert_close(
                 stream.read(ids), logits[0].log_softmax(-1), rtol=0, atol=0.02 if narrow else 2e-5
             )
+
+
+def test_the_likeliest_are_the_largest_log_probabilities() -> None:
+    torch.manual_seed(0)
+    model = LanguageModel(1003, 20, [24, 17], init_scale=0.5).eval()
+    one, other = (Stream(model, model.initial_state(1)) for _ in range(2))
+    for id in torch.randint(1003, (6,)):
+        values, ids = one.likeliest(id.view(1), 7)
+        log_probs = other.read(id.view(1))[0]
+        assert torch.equal(ids, log_probs.topk(7).indices)
+        torch.testing.assert_close(values, log_probs[ids])
 
 
 @given(size=integers(1, 200), seed=integers(0, 100), few=booleans())
@@ -232,6 +260,8 @@ def test_the_operators_keep_to_pytorchs_rules() -> None:
     names = torch.ops.unrolled
     weights = leaf(28, 5), leaf(28, 7), leaf(28)
     ids = torch.randint(5, (3, 4))
+    layer = ops.Layer("lstm", (torch.randn(28, 5), torch.randn(28, 7), torch.randn(28)))
+    packed = ops.pack([layer], torch.randn(30, 5), torch.randn(30, 7), torch.randn(30), narrow=False)
     cases: list[tuple[Any, tuple[Any, ...]]] = [
         (names.recurrent, (leaf(3, 4, 5), leaf(4, 7), leaf(4, 7), *weights, 0, False)),
         (names.recurrent, (ids, leaf(4, 7), None, leaf(7, 5), leaf(7, 7), leaf(7), 2, False)),
@@ -240,6 +270,8 @@ def test_the_operators_keep_to_pytorchs_rules() -> None:
         (names.global_norm, ([torch.randn(3), torch.randn(2, 2)],)),
         (names.descend, ([torch.randn(3), torch.randn(2, 2)], [torch.randn(3), torch.randn(2, 2)], 0.1)),
         (names.largest, (torch.randn(20), 3)),
+        (names.step, (packed, torch.tensor([3, 4]), torch.zeros(2 * 7 * 2), 30)),
+        (names.likeliest, (packed, torch.tensor([3]), torch.zeros(7 * 2), 5)),
     ]
     for operator, arguments in cases:
         torch.library.opcheck(operator.default, arguments)

@@ -165,6 +165,7 @@ SIGNATURES = {
     "lay_out_decoder": "iqqpp",
     "step_of_model": "piqpppp",
     "largest_of": "qqppp",
+    "likeliest_of_model": "pippqpp",
 }
 _TYPES = {"i": ctypes.c_int, "q": ctypes.c_int64, "p": ctypes.c_void_p, "f": ctypes.c_float}
 

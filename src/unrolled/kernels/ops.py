@@ -427,3 +427,19 @@ def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 @torch.library.register_fake("unrolled::largest", lib=_library)
 def _largest_shapes(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values.new_empty(k), values.new_empty(k, dtype=torch.int64)
+
+
+_library.define("likeliest(Tensor packed, Tensor id, Tensor(a!) state, int k) -> (Tensor, Tensor)")
+
+
+@torch.library.impl(_library, "likeliest", "CPU")
+def _likeliest(packed: Tensor, id: Tensor, state: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`step` of one stream, and the k likeliest tokens after it: log-probabilities (k,), falling, and ids (k,)."""
+    log_probs, ids = _likeliest_shapes(packed, id, state, k)
+    _call("likeliest_of_model", packed, torch.get_num_threads(), id, state, k, ids, log_probs)
+    return log_probs, ids
+
+
+@torch.library.register_fake("unrolled::likeliest", lib=_library)
+def _likeliest_shapes(packed: Tensor, id: Tensor, state: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return state.new_empty(k), state.new_empty(k, dtype=torch.int64)

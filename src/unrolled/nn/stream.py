@@ -51,9 +51,7 @@ class Stream:
         """ids (1,) -> the k largest log-probabilities of what follows, falling, and the ids that have them."""
         if self._packed is None:
             return self._read_plain(ids)[0].topk(k)
-        logits, normaliser = torch.ops.unrolled.step(self._packed, ids, self._state, self.model.vocab_size)
-        values, places = torch.ops.unrolled.largest(logits[0], k)
-        return values - normaliser, places
+        return torch.ops.unrolled.likeliest(self._packed, ids, self._state, k)
 
     def _read_plain(self, ids: Tensor) -> Tensor:
         """The oracle of `read`."""

@@ -20,6 +20,10 @@ template <class T> static int64_t depth(const Layer& layer) { return input_depth
 
 static thread_local Workspace workspace;
 
+constexpr int64_t AT_ONCE = 8;  // panels of the decoder
+// The decoder is read forth for one token and back for the next: what of it is still in the cache is then read first.
+static thread_local bool back = false;
+
 template <class T, class Cell>
 static void lay_out(const Layer& layer, const float* weight_ih, const float* weight_hh, const float* bias, T* panel,
                     float* biases, float* table) {
@@ -94,7 +98,8 @@ static void step(
     float* most = workspace.take<float>(threads * batch);
     float* sums = workspace.take<float>(threads * batch);
 
-    together(threads, [&](Member me) {
+    back = !back;
+    together(threads, [&, reversed = back](Member me) {
         Tiles tiles;
         const Share mine = me.share(count);
         for (int64_t l = mine.begin; l < mine.end; ++l) {
@@ -120,9 +125,12 @@ static void step(
         }
         const Share words = me.share(panels(vocabulary));
         const int64_t first = words.begin * PANEL, last = std::min(words.end * PANEL, vocabulary);
-        multiply<T>(
-            tiles, batch, words.end - words.begin, top, hidden, top_depth, decoder + words.begin * top_depth * PANEL,
-            top_depth * PANEL, logits + first, across, false);
+        for (int64_t p = words.begin; p < words.end; p += AT_ONCE) {
+            const int64_t count = std::min(AT_ONCE, words.end - p), from = reversed ? words.begin + words.end - p - count : p;
+            multiply<T>(
+                tiles, batch, count, top, hidden, top_depth, decoder + from * top_depth * PANEL, top_depth * PANEL,
+                logits + from * PANEL, across, false);
+        }
         for (int64_t b = 0; b < batch; ++b) {
             float* row = logits + b * across;
             Vec high = splat(-__builtin_inff());
@@ -212,7 +220,7 @@ extern "C" int step_of_model(
 }
 
 // The k largest of n values, falling, those of equal size by rising place; places from 0.
-extern "C" int largest_of(int64_t n, int64_t k, const float* values, int64_t* places, float* found) {
+static void find_largest(int64_t n, int64_t k, const float* values, int64_t* places, float* found) {
     int64_t held = 0;
     auto insert = [&](int64_t place) {
         int64_t i = held < k ? held++ : k - 1;
@@ -235,5 +243,26 @@ extern "C" int largest_of(int64_t n, int64_t k, const float* values, int64_t* pl
     }
     for (; i < n; ++i)
         if (values[i] > found[k - 1]) insert(i);
+}
+
+extern "C" int largest_of(int64_t n, int64_t k, const float* values, int64_t* places, float* found) {
+    find_largest(n, k, values, places, found);
+    return 0;
+}
+
+// One token of one stream -> the k likeliest to follow, and the natural logarithms of their probabilities.
+extern "C" int likeliest_of_model(
+    const char* packed, int threads, const int64_t* id, float* state, int64_t k, int64_t* places, float* log_probs) {
+    static thread_local Workspace answer;
+    const int64_t vocabulary = reinterpret_cast<const Header*>(packed)->vocabulary;
+    try {
+        answer.reserve(Workspace::room<float>(panels(vocabulary) * PANEL));
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    float normaliser, *logits = answer.take<float>(panels(vocabulary) * PANEL);
+    if (step_of_model(packed, threads, 1, id, state, logits, &normaliser)) return 1;
+    find_largest(vocabulary, k, logits, places, log_probs);
+    for (int64_t i = 0; i < k; ++i) log_probs[i] -= normaliser;
     return 0;
 }

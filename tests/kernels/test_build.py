@@ -1,0 +1,83 @@
+"""The kernels are built when asked to, whole or not at all, and what cannot be built is said in one line."""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from unrolled import UnrolledError
+from unrolled.kernels import build
+
+ABLE = [name for name, level in build.LEVELS.items() if level.flags <= build.processor_flags()]
+needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("UNROLLED_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_the_best_level_of_the_processor_is_taken_unless_another_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("UNROLLED_KERNELS", raising=False)
+    assert build.chosen_level() == ABLE[0]
+    assert ABLE[-1] == "portable"
+    for name in ABLE:
+        monkeypatch.setenv("UNROLLED_KERNELS", name)
+        assert build.chosen_level() == name
+    monkeypatch.setenv("UNROLLED_KERNELS", "off")
+    assert build.chosen_level() is None
+    monkeypatch.setenv("UNROLLED_KERNELS", "avx1024")
+    with pytest.raises(UnrolledError, match=r"'avx1024'; here it may be off, .*portable"):
+        build.chosen_level()
+
+
+def test_levels_and_versions_do_not_share_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = {build.library_path(name) for name in build.LEVELS}
+    assert len(paths) == len(build.LEVELS)
+    monkeypatch.setattr("torch.__version__", "1.0")
+    assert not {build.library_path(name) for name in build.LEVELS} & paths
+
+
+@pytest.mark.parametrize(
+    ("compiler", "said"),
+    [
+        ("/nowhere/g++", "did not compile: /nowhere/g\\+\\+: No such file"),
+        ("false", "did not compile: status 1"),
+        ("true", "do not run here"),  # it says it has compiled, and has not
+    ],
+)
+def test_a_build_that_fails_is_said_and_leaves_nothing(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch, compiler: str, said: str
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(UnrolledError, match=f"the kernels {said}"):
+        build.build()
+    assert list((empty_cache / "kernels").iterdir()) == []
+
+
+def test_without_a_compiler_the_way_out_is_named(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(empty_cache))
+    with pytest.raises(UnrolledError, match="no C\\+\\+ compiler: install g\\+\\+"):
+        build.build()
+
+
+@needs_compiler
+@pytest.mark.parametrize("level", [name for name in ("avx2", "portable") if name in ABLE])
+def test_two_may_build_at_once_and_every_level_agrees_with_the_plain_twins(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch, level: str
+) -> None:
+    monkeypatch.setenv("UNROLLED_KERNELS", level)
+    command = [sys.executable, "-m", "unrolled", "kernels", "build"]
+    with ThreadPoolExecutor() as pool:
+        builds = [pool.submit(subprocess.run, command, capture_output=True, text=True, check=True) for _ in range(2)]
+        said = {done.result().stdout.strip() for done in builds}
+    (library,) = (empty_cache / "kernels").iterdir()
+    assert said == {f"{level}: {library}"}
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).parent / "test_ops.py")]
+    done = subprocess.run(tests, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "skipped" not in done.stdout

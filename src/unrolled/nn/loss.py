@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from unrolled.kernels import ops
 
 _FEW_WORDS = 256
+_MOST_APART = 60.0
 
 
 def loss_plain(logits: Tensor, targets: Tensor) -> tuple[Tensor, int]:
@@ -47,7 +48,10 @@ def decoder_loss(hidden: Tensor, decoder: nn.Module, targets: Tensor) -> tuple[T
     """
     if _kernel_pays(decoder):
         return token_nll(hidden, decoder, targets).sum(), targets.numel()
-    with torch.autocast(hidden.device.type, enabled=torch.is_autocast_enabled() and _is_large(decoder)):
+    if _is_large(decoder) and torch.is_autocast_enabled(hidden.device.type):
+        nll = _NarrowDecoder.apply(hidden.flatten(0, -2), decoder.weight, decoder.bias, targets.flatten())
+        return nll.sum(), targets.numel()
+    with torch.autocast(hidden.device.type, enabled=False):
         return loss(decoder(hidden), targets)
 
 
@@ -93,6 +97,39 @@ class _SummedNLL(torch.autograd.Function):
         probabilities = logits.sub_(normaliser).exp_()
         probabilities.scatter_add_(-1, targets, probabilities.new_full((), -1.0).expand(targets.shape))
         return probabilities.mul_(gradient), None
+
+
+@final
+class _NarrowDecoder(torch.autograd.Function):
+    """`token_nll` in bf16 on PyTorch alone: one array of logits, raised to e in place and kept for the backward pass.
+
+    A token's exponentials are relative to its target's logit, so their sum is at least about one and its logarithm is
+    the cost; where that would leave the range of a float, to the largest.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+        narrow_hidden, narrow_weight = hidden.bfloat16(), weight.detach().bfloat16()
+        logits = torch.addmm(bias.bfloat16(), narrow_hidden, narrow_weight.T)  # (N, V)
+        target = logits.gather(-1, targets.unsqueeze(-1))
+        largest = logits.amax(-1, keepdim=True)
+        shift = torch.where(largest - target < _MOST_APART, target, largest)
+        exponentials = logits.sub_(shift).exp_()
+        sums = exponentials.sum(-1, keepdim=True, dtype=torch.float32)
+        ctx.save_for_backward(narrow_hidden, narrow_weight, targets, exponentials, sums)
+        return (sums.log() + (shift - target)).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        hidden, weight, targets, exponentials, sums = ctx.saved_tensors
+        gradient = gradients[0].unsqueeze(-1)
+        factor = gradient / sums
+        d_hidden = (exponentials @ weight).float().mul_(factor).sub_(gradient * weight[targets])
+        d_weight = (exponentials.T @ (hidden * factor).bfloat16()).float()
+        d_weight.index_add_(0, targets, hidden * gradient, alpha=-1)
+        d_bias = (factor.T.bfloat16() @ exponentials).float().squeeze(0)
+        d_bias.index_add_(0, targets, gradient.squeeze(-1), alpha=-1)
+        return d_hidden, d_weight, d_bias, None
 
 
 def perplexity(nll_nats: float, tokens: int) -> float:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#4c78a8", "#e8833a", "#54a24b", "#b279a2", "#9d755d", "#72b7b2")
 _INK = "#010203"  # stands for the page's text colour
-_MAP_INCHES, _MAP_FONT = 11.0, 8.0
+_WIDEST_MAP, _MAP_FONT = 11.0, 8.0
 _SHORTEST = 0.02
 """Of an epoch: over less of it than this the perplexity of train is that of a few windows, and no curve."""
 
@@ -75,6 +75,7 @@ def chart(metrics: dict[str, Records], field: str) -> "Figure":
         if len(metrics) > 1:
             ends.append((y[-1], name, colour))
     axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter("{x:,.6g}")
     _label_ends(axes, ends)
     return figure
 
@@ -208,11 +209,15 @@ def write_map(words: list[str], places: np.ndarray, path: Path) -> int:
     return len(words) - int(labelled.sum())
 
 
-def map_figure(words: list[str], places: np.ndarray) -> tuple["Figure", np.ndarray]:
-    """The map, each label beside its dot where there is room for it; and which (N,) have one."""
+def map_figure(words: list[str], places: np.ndarray, widest: float = _WIDEST_MAP) -> tuple["Figure", np.ndarray]:
+    """The map, each label beside its dot where there is room for it; and which (N,) have one.
+
+    It is as large as its words need, and at most `widest` inches.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    figure, axes = _new_figure(_MAP_INCHES, _MAP_INCHES)
+    inches = min(widest, 1.0 + 0.6 * len(words) ** 0.5)
+    figure, axes = _new_figure(inches, inches)
     canvas = FigureCanvasAgg(figure)
     axes.set_axis_off()
     axes.scatter(places[:, 0], places[:, 1], s=5, color=COLOURS[0])
@@ -281,7 +286,7 @@ def _interactive_map(words: list[str], places: np.ndarray, labelled: np.ndarray)
             marker={"size": 4, "color": COLOURS[0]},
         )
     )
-    size = int(_MAP_INCHES * 100)
+    size = int(_WIDEST_MAP * 100)
     hidden = {"visible": False}
     figure.update_layout(
         title="Tokens by likeness (t-SNE); drag to zoom, double-click to see all",

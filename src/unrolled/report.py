@@ -30,7 +30,7 @@ def write_report(runs: Sequence[Run], path: Path, words: int = 300) -> None:
     if words:
         sections += [
             "<h2>Maps</h2>",
-            _beside([(name, _map(run, words)) for name, run in zip(names, runs, strict=True)]),
+            _beside([(name, _map(run, words, len(runs))) for name, run in zip(names, runs, strict=True)]),
         ]
     sections += ["<h2>Samples</h2>", _beside([(name, _samples(metrics[name])) for name in names])]
     sections += [
@@ -54,13 +54,13 @@ def _curves(metrics: dict[str, Records]) -> list[str]:
     return ["<h2>Curves</h2>", f'<div class="charts">{"".join(figures)}</div>']
 
 
-def _map(run: Run, words: int) -> str:
+def _map(run: Run, words: int, side_by_side: int) -> str:
     try:
         tokens, places = map_tokens(run.model, run.tokenizer, words)
     except UnrolledError as error:
         return f"<p>{html.escape(str(error))}</p>"
-    figure, _ = map_figure(tokens, places)
-    return svg(figure)
+    figure, _ = map_figure(tokens, places, widest=11.0 if side_by_side == 1 else 5.5)
+    return f'<div style="max-width: {figure.get_figwidth():.1f}in">{svg(figure)}</div>'
 
 
 # ------------------------------------------------------------------------------------------------ tables and texts
@@ -80,7 +80,7 @@ def _summary(runs: Sequence[Run], names: list[str]) -> list[list[str]]:
         ("parameters", lambda run: f"{run.model.num_parameters():,}"),
         (
             "corpus",
-            lambda run: " ".join(filter(None, [run.manifest["corpus"]["name"], run.manifest["corpus"]["note"]])),
+            lambda run: ": ".join(filter(None, [run.manifest["corpus"]["name"], run.manifest["corpus"]["note"]])),
         ),
         ("epochs", lambda run: str(run.manifest.get("epochs", "–"))),
         ("training", lambda run: f"{run.manifest.get('training_s', 0):,.0f} s"),

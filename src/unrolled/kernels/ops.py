@@ -14,6 +14,8 @@ from unrolled.kernels.build import library
 
 KINDS = {"lstm": 0, "gru": 1, "tanh": 2, "relu": 3}
 _SLOTS = (4, 4, 1, 1)
+_GATES = (4, 3, 1, 1)
+_NO_SUCH_ID = 2
 _library = torch.library.Library("unrolled", "DEF")
 
 
@@ -27,8 +29,18 @@ def _call(name: str, *arguments: Any) -> None:
     if found is None:
         raise RuntimeError("the kernels are not built; unrolled kernels build")
     values = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
-    if getattr(found, name)(*values):
+    failure = getattr(found, name)(*values)
+    if failure == _NO_SUCH_ID:
+        raise IndexError("an id is not below the number of tokens")
+    if failure:
         raise MemoryError("not enough memory for a kernel's workspace")
+
+
+def _expect(*pairs: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """The kernels read memory as they are told it lies, so what a caller gets wrong is refused before."""
+    for tensor, shape in pairs:
+        if tensor is not None and (tensor.shape != shape or tensor.dtype not in (torch.float32, torch.int64)):
+            raise ValueError(f"a kernel expects f32 or ids of shape {shape}, not {tensor.dtype} {tuple(tensor.shape)}")
 
 
 # ------------------------------------------------------------------------------------------------ a recurrent layer
@@ -67,6 +79,10 @@ def _recurrent(
         outputs (T, B, H); the last cells (B, H), empty but for an LSTM; and for the backward pass the gates
         (T, B, U, S, 16) and cells (T, B, U, 16), units in U blocks of 16.
     """
+    (batch, size), gates_size = h.shape, _GATES[kind] * h.shape[1]
+    shape = (*inputs.shape[:2], weight_ih.shape[1])[: 3 if inputs.is_floating_point() else 2]
+    _expect((inputs, shape), (h, (inputs.shape[1], size)), (c, (batch, size)), (bias, (gates_size,)))
+    _expect((weight_ih, (gates_size, weight_ih.shape[1])), (weight_hh, (gates_size, size)))
     outputs, c_last, gates, cells = _recurrent_shapes(inputs, h, c, weight_ih, weight_hh, bias, kind, narrow)
     (steps, batch), ids = inputs.shape[:2], not inputs.is_floating_point()
     inputs, h, weight_ih, weight_hh, bias = (t.contiguous() for t in (inputs, h, weight_ih, weight_hh, bias))
@@ -199,8 +215,9 @@ def _decoder_nll(
     Returns:
         nll (N,) in nats; and for the backward pass shift (N,), sums (N,), exponentials (V, N) padded, or empty.
     """
+    (tokens, size), vocabulary = hidden.shape, len(weight)
+    _expect((hidden, (tokens, size)), (weight, (vocabulary, size)), (bias, (vocabulary,)), (targets, (tokens,)))
     result = nll, shift, sums, exponentials = _decoder_shapes(hidden, weight, bias, targets, narrow, keep)
-    (tokens, size), vocabulary = hidden.shape, weight.shape[0]
     _call(
         "decoder_forward", narrow, torch.get_num_threads(), tokens, size, vocabulary, hidden.contiguous(),
         weight.contiguous(), bias.contiguous(), targets.contiguous(), nll, shift, sums,

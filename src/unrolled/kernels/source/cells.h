@@ -96,12 +96,7 @@ template <class Work> inline void with_cell(int kind, Work work) {
     else work(Elman<true>());
 }
 
-// Calls work(cell, operand), the operand by `narrow` (bf16, else f32); 1 for want of memory.
-template <class Work> inline int choose(int kind, int narrow, Work work) {
-    try {
-        with_cell(kind, [&](auto cell) { narrow ? work(cell, bf16()) : work(cell, float()); });
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
+// Calls work(cell, operand).
+template <class Work> inline int with_cell_and_operand(int kind, int narrow, Work work) {
+    return with_operand(narrow, [&](auto operand) { with_cell(kind, [&](auto cell) { work(cell, operand); }); });
 }

@@ -230,32 +230,20 @@ extern "C" int decoder_forward(
     const float* weight, const float* bias, const int64_t* targets, float* nll, float* shift, float* sums,
     void* exponentials) {
     Problem z{tokens, hidden_size, vocabulary};
-    auto with = [&](auto operand) {
+    if (!within(targets, tokens, vocabulary)) return NO_SUCH_ID;
+    return with_operand(narrow, [&](auto operand) {
         forward(threads, z, hidden, weight, bias, targets, nll, shift, sums, (decltype(operand)*)exponentials);
-    };
-    try {
-        narrow ? with(bf16()) : with(float());
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
+    });
 }
 
 extern "C" int decoder_backward(
     int narrow, int threads, int64_t tokens, int64_t hidden_size, int64_t vocabulary, const float* gradient,
-    const float* hidden,
-    const float* weight, const float* bias, const int64_t* targets, const float* shift, const float* sums,
+    const float* hidden, const float* weight, const float* bias, const int64_t* targets, const float* shift, const float* sums,
     const void* exponentials, float* d_hidden, float* d_weight, float* d_bias) {
     Problem z{tokens, hidden_size, vocabulary};
-    auto with = [&](auto operand) {
+    return with_operand(narrow, [&](auto operand) {
         backward(
             threads, z, gradient, hidden, weight, bias, targets, shift, sums, (const decltype(operand)*)exponentials,
             d_hidden, d_weight, d_bias);
-    };
-    try {
-        narrow ? with(bf16()) : with(float());
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
+    });
 }

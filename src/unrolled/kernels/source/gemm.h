@@ -404,3 +404,20 @@ template <class Work> static void together(int threads, Work work) {
 #pragma omp parallel num_threads(threads)
     work(Member{omp_get_thread_num(), omp_get_num_threads(), &barrier});
 }
+
+// Whether all of n ids are below `limit`.
+static inline bool within(const int64_t* ids, int64_t n, int64_t limit) {
+    return std::all_of(ids, ids + n, [=](int64_t id) { return id >= 0 && id < limit; });
+}
+
+enum Failure { NO_MEMORY = 1, NO_SUCH_ID = 2 };
+
+// Calls work(operand) with the type of operands: bf16 where they are to be narrow, else f32.
+template <class Work> inline int with_operand(int narrow, Work work) {
+    try {
+        narrow ? work(bf16()) : work(float());
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return NO_MEMORY;
+    }
+}

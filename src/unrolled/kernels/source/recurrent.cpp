@@ -275,7 +275,8 @@ extern "C" int recurrent_forward(
     int kind, int narrow, int threads, int64_t steps, int64_t batch, int64_t inputs_size, int64_t hidden_size,
     const float* inputs, const int64_t* ids, const float* h, const float* c, const float* weight_ih,
     const float* weight_hh, const float* bias, float* outputs, float* c_last, float* gates, float* cells) {
-    return choose(kind, narrow, [&](auto cell, auto operand) {
+    if (ids && !within(ids, steps * batch, inputs_size)) return NO_SUCH_ID;
+    return with_cell_and_operand(kind, narrow, [&](auto cell, auto operand) {
         forward<decltype(operand), decltype(cell)>(
             threads, Sizes{steps, batch, inputs_size, hidden_size}, inputs, ids, h, c, weight_ih, weight_hh, bias,
             outputs, c_last, gates, cells);
@@ -287,7 +288,7 @@ extern "C" int recurrent_backward(
     const float* d_outputs, const float* d_c_last, const float* inputs, const int64_t* ids, const float* h,
     const float* c, const float* weight_ih, const float* weight_hh, const float* outputs, const float* gates,
     const float* cells, float* d_inputs, float* d_h, float* d_c, float* d_weight_ih, float* d_weight_hh, float* d_bias) {
-    return choose(kind, narrow, [&](auto cell, auto operand) {
+    return with_cell_and_operand(kind, narrow, [&](auto cell, auto operand) {
         backward<decltype(operand), decltype(cell)>(
             threads, Sizes{steps, batch, inputs_size, hidden_size}, d_outputs, d_c_last, inputs, ids, h, c, weight_ih,
             weight_hh, outputs, gates, cells, d_inputs, d_h, d_c, d_weight_ih, d_weight_hh, d_bias);

@@ -172,14 +172,14 @@ extern "C" int lay_out_layer(
     int kind, int narrow, int one_hot, int64_t inputs, int64_t hidden, const float* weight_ih, const float* weight_hh,
     const float* bias, void* panels, float* biases, float* table) {
     Layer layer{kind, one_hot, inputs, hidden, nullptr, nullptr, nullptr, nullptr, nullptr};
-    return choose(kind, narrow, [&](auto cell, auto operand) {
+    return with_cell_and_operand(kind, narrow, [&](auto cell, auto operand) {
         lay_out<decltype(operand), decltype(cell)>(
             layer, weight_ih, weight_hh, bias, static_cast<decltype(operand)*>(panels), biases, table);
     });
 }
 
 extern "C" int lay_out_decoder(int narrow, int64_t hidden, int64_t vocabulary, const float* weight, void* target) {
-    return choose(LSTM, narrow, [&](auto, auto operand) {
+    return with_operand(narrow, [&](auto operand) {
         using T = decltype(operand);
         for (int64_t p = 0; p < panels(vocabulary); ++p)
             to_panel_from_columns<T>(
@@ -200,6 +200,7 @@ struct Header {
 extern "C" int step_of_model(
     const char* packed, int threads, int64_t batch, const int64_t* ids, float* state, float* logits, float* normaliser) {
     const Header& header = *reinterpret_cast<const Header*>(packed);
+    if (!within(ids, batch, header.vocabulary)) return NO_SUCH_ID;
     Layer layers[64];
     for (int64_t l = 0; l < header.count; ++l) {
         const auto& from = header.layers[l];
@@ -210,7 +211,7 @@ extern "C" int step_of_model(
             state, state + size};
         state += from.kind == LSTM ? 2 * size : size;
     }
-    return choose(LSTM, header.narrow, [&](auto, auto operand) {
+    return with_operand(header.narrow, [&](auto operand) {
         using T = decltype(operand);
         step<T>(
             threads, batch, header.count, layers, ids, reinterpret_cast<const float*>(packed + header.embedding),
@@ -258,10 +259,10 @@ extern "C" int likeliest_of_model(
     try {
         answer.reserve(Workspace::room<float>(panels(vocabulary) * PANEL));
     } catch (const std::bad_alloc&) {
-        return 1;
+        return NO_MEMORY;
     }
     float normaliser, *logits = answer.take<float>(panels(vocabulary) * PANEL);
-    if (step_of_model(packed, threads, 1, id, state, logits, &normaliser)) return 1;
+    if (int failure = step_of_model(packed, threads, 1, id, state, logits, &normaliser)) return failure;
     find_largest(vocabulary, k, logits, places, log_probs);
     for (int64_t i = 0; i < k; ++i) log_probs[i] -= normaliser;
     return 0;

@@ -357,3 +357,38 @@ def test_undecodable_lines_are_named(command: Command, toy_run: Run, write: Writ
 
 def test_a_character_outside_the_vocabulary_is_named(command: Command, character_run: Run) -> None:
     assert "the character 'Q' is not in the model's vocabulary" in mistake(command, "predict", character_run.path, "Q")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["bench", "--subject", "nope"], "no subject 'nope'; there are torch f32"),
+        (["bench", "--task", "nope"], "no task 'nope'; there are train, score, next-word"),
+        (["bench", "--rounds", "0"], "one round or more"),
+        (["bench", "--seconds", "nan"], "some seconds"),
+    ],
+)
+def test_a_benchmark_that_cannot_be_is_refused_before_it_begins(
+    command: Command, arguments: list[str], said: str
+) -> None:
+    status, _, err = command(*arguments)
+    assert status == 2
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_a_report_takes_each_run_once_and_damaged_records_do_not_stop_it(
+    command: Command, toy_run: Run, tmp_path: Path
+) -> None:
+    status, _, err = command("report", toy_run.path, toy_run.path)
+    assert (status, err) == (2, "unrolled: report takes each run once\n")
+    assert command("report", toy_run.path, "--words", -1)[0] == 2
+    assert command("report", toy_run.path, "--out", tmp_path)[0] == 2
+    metrics = b'[1]\n5\n{}\n{"step": 1}\n{"step": "x", "epoch": 1}\n'
+    metrics += b'{"step": 1, "epoch": 1, "train_perplexity": "abc", "sample": 5}\n'
+    copy = tmp_path / "copy"
+    shutil.copytree(toy_run.path, copy)
+    (copy / "metrics.jsonl").write_bytes(metrics + (copy / "metrics.jsonl").read_bytes())
+    status, out, err = command("report", copy, "--words", 0)
+    assert (status, err) == (0, "")
+    assert "Perplexity" in Path(out.strip()).read_text(encoding="utf-8")

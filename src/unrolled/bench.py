@@ -24,6 +24,7 @@ from unrolled.data.batches import Windows
 from unrolled.data.dataset import prepare
 from unrolled.data.text import open_corpus, text_is_there
 from unrolled.data.tokens import Vocabulary
+from unrolled.errors import UnrolledError
 from unrolled.kernels import build
 from unrolled.nn.loss import token_nll
 from unrolled.nn.stream import Stream
@@ -255,7 +256,17 @@ def bench(
     Yields:
         For each task and subject {"subject", "recipe", "task", "median", "minimum", "maximum", "unit",
         "ratio_to_baseline", "share_of_ceiling"}; the ratio is above 1 for what is faster.
+
+    Raises:
+        UnrolledError: there is no such recipe, task or subject, or nothing to time.
     """
+    for name, known in ((tasks, TASKS), (subjects, SUBJECTS)):
+        for unknown in (one for one in name if one not in known):
+            raise UnrolledError(
+                f"no {'task' if known is TASKS else 'subject'} {unknown!r}; there are " + ", ".join(known)
+            )
+    if rounds < 1 or not 0 < seconds < math.inf:
+        raise UnrolledError(f"a benchmark takes one round or more and some seconds, not {rounds} and {seconds:g}")
     training, flop = load_recipe(recipe).training, case(recipe).flop_per_token
     for task in tasks:
         tokens = {"train": training.batch_size, "score": SCORED_STREAMS, "next-word": 1}[task]

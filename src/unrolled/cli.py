@@ -153,7 +153,10 @@ def score(
 
     model = unrolled.load(run, device)
     for number, line in enumerate(read_lines(file), start=1):
-        result = model.score(line)
+        try:
+            result = model.score(line)
+        except UnrolledError as error:
+            raise UnrolledError(f"{'standard input' if file == '-' else file}, line {number}: {error}") from error
         answer: dict[str, Any] = {
             "id": number,
             "log_prob": result.log_prob,
@@ -252,6 +255,8 @@ def generate(
     """
     if prompt is not None and prompt_file is not None:
         raise UnrolledError("--prompt and --prompt-file exclude each other")
+    if random_start and (prompt is not None or prompt_file is not None):
+        raise UnrolledError("--random-start and a prompt exclude each other")
     if prompt_file is not None or prompt == "-":
         prompt = "\n".join(read_lines(str(prompt_file or "-")))
     prompt = utf8(prompt or "")
@@ -297,13 +302,20 @@ def inspect(run: RunFolder, /, *, json: Json = False) -> None:
     rows = [[name, " × ".join(map(str, shape)), f"{math.prod(shape):,}"] for name, shape in parameters.items()]
     print_table(["parameter", "shape", "count"], [*rows, ["all", "", f"{opened.model.num_parameters():,}"]])
     first = " ".join(shown(opened.tokenizer.token(id)) for id in range(min(12, len(opened.tokenizer))))
-    corpus = manifest["corpus"]
+    corpus, training = manifest["corpus"], opened.recipe.training
+    settings = opened.recipe.model.model_dump()
     print_table(
         ["", ""],
         [
             ["recipe", manifest["recipe"]],
             ["status", manifest["status"]],
             ["seed", str(manifest["seed"])],
+            ["model", ", ".join(f"{key} {str(value).strip('(),')}" for key, value in settings.items() if value)],
+            [
+                "training",
+                f"{training.optimizer}, {training.batch_size} streams, {training.num_steps} steps, "
+                f"{training.precision}, kernels {manifest['versions'].get('kernels', 'none')}",
+            ],
             ["tokens", opened.recipe.data.tokens],
             ["vocabulary", f"{len(opened.tokenizer):,}: {first} …"],
             ["corpus", corpus["name"] + (f" ({corpus['note']})" if corpus["note"] else "")],
@@ -345,11 +357,16 @@ def embeddings(
     seed
         Of the map's layout.
     """
-    from unrolled.data.tokens import shown
-    from unrolled.inference.embeddings import map_tokens, neighbours
-
     if not words and map is None:
         raise UnrolledError("nothing to do; name words, or a file with --map")
+    from unrolled.data.tokens import shown
+    from unrolled.inference.embeddings import map_tokens, neighbours
+    from unrolled.pictures import check_map_name, write_map
+
+    if map is not None:
+        check_map_name(map)
+    if not 0 <= seed < 1 << 32:
+        raise UnrolledError(f"--seed must be at least 0 and below 2 to the 32nd, not {seed}")
     opened = unrolled.load(run, "cpu")
     for word in (utf8(word) for word in words):
         found = neighbours(opened.model, opened.tokenizer, word, k)
@@ -358,8 +375,6 @@ def embeddings(
             continue
         print(f"{shown(word)}", *(f"{value:9.3f}  {shown(other)}" for other, value in found), sep="\n")
     if map is not None:
-        from unrolled.pictures import write_map
-
         tokens, places = map_tokens(opened.model, opened.tokenizer, most, seed)
         unlabelled = write_map(tokens, places, map)
         notice(f"{map}: {len(tokens)} tokens" + f", {unlabelled} without room for a label" * bool(unlabelled))
@@ -380,6 +395,12 @@ def report(*runs: RunFolder, out: Path | None = None, words: int = 300) -> None:
 
     if not runs:
         raise UnrolledError("report takes a run folder, or several")
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise UnrolledError("report takes each run once")
+    if words < 0:
+        raise UnrolledError(f"--words must be 0 or more, not {words}")
+    if out is not None and out.is_dir():
+        raise UnrolledError(f"{out} is a folder; --out names the file")
     path = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     write_report([unrolled.load(run, "cpu") for run in runs], path, words)
     print(path)
@@ -409,7 +430,7 @@ def recipes(name: str | None = None, /, *, json: Json = False) -> None:
             print_json({"name": shipped, "about": recipe_header(shipped)})
         else:
             lines = recipe_header(shipped).splitlines()
-            print(f"{shipped:16}{lines[1]}", *(f"\n{'':16}{line}" for line in lines[2:]), sep="")
+            print(f"{shipped:18}{lines[1]}", *(f"\n{'':18}{line}" for line in lines[2:]), sep="")
 
 
 @data_app.command(name="list")

@@ -173,7 +173,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             records.append(json.loads(line))
         except ValueError:
             continue
-    return [record for record in records if isinstance(record, dict) and "step" in record]
+    return [record for record in records if _is_record(record)]
+
+
+def _is_record(record: Any) -> bool:
+    if not isinstance(record, dict) or not all(isinstance(record.get(name), int) for name in ("step", "epoch")):
+        return False
+    figures = (value for name, value in record.items() if name not in ("sample", "valid_protocol"))
+    texts = (record.get(name, "") for name in ("sample", "valid_protocol"))
+    return all(isinstance(value, int | float | None) for value in figures) and all(isinstance(t, str) for t in texts)
 
 
 def finite(value: Any) -> Any:

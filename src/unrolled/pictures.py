@@ -198,21 +198,26 @@ def write_map(words: list[str], places: np.ndarray, path: Path) -> int:
     Raises:
         UnrolledError: another ending, or matplotlib or plotly is missing.
     """
-    kind = path.suffix.lower().lstrip(".")
-    if kind not in ("png", "svg", "pdf", "html"):
-        raise UnrolledError(f"{path}: a map is a file in .png, .svg, .pdf or .html")
-    figure, labelled = map_figure(words, places)
-    if kind == "html":
-        write_whole(path, _interactive_map(words, places, labelled).encode())
+    check_map_name(path)
+    figure, sides = map_figure(words, places)
+    if path.suffix.lower() == ".html":
+        write_whole(path, _interactive_map(words, places, sides).encode())
     else:
         write_picture(figure, path)
-    return len(words) - int(labelled.sum())
+    return sides.count("")
 
 
-def map_figure(words: list[str], places: np.ndarray, widest: float = _WIDEST_MAP) -> tuple["Figure", np.ndarray]:
-    """The map, each label beside its dot where there is room for it; and which (N,) have one.
+def check_map_name(path: Path) -> None:
+    """Refuses what `write_map` cannot write, before there is a map."""
+    if path.suffix.lower() not in (".png", ".svg", ".pdf", ".html"):
+        raise UnrolledError(f"{path}: a map is a file in .png, .svg, .pdf or .html")
 
-    It is as large as its words need, and at most `widest` inches.
+
+def map_figure(words: list[str], places: np.ndarray, widest: float = _WIDEST_MAP) -> tuple["Figure", list[str]]:
+    """The map, as large as its words need, at most `widest` inches; each label beside its dot where there is room.
+
+    Returns:
+        The picture, and on which side of its dot each label stands ("middle right"), "" where there is no room.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -236,7 +241,16 @@ def map_figure(words: list[str], places: np.ndarray, widest: float = _WIDEST_MAP
             x, y = to_data.transform(corner).tolist()
             label.xyann = (x, y)
             label.set_verticalalignment("bottom")
-    return figure, np.isfinite(corners[:, 0])
+    offsets = [*zip((corners - dots).tolist(), sizes.tolist(), strict=True)]
+    return figure, [_side(dx, dy, width, height) for (dx, dy), (width, height) in offsets]
+
+
+def _side(dx: float, dy: float, width: float, height: float) -> str:
+    """Where a label lies whose lower left corner is (dx, dy) from its dot, in plotly's words."""
+    if math.isnan(dx):
+        return ""
+    vertical = "top" if dy > 0 else "bottom" if dy + height < 0 else "middle"
+    return f"{vertical} {'right' if dx > 0 else 'left' if dx + width < 0 else 'center'}"
 
 
 def place_labels(dots: np.ndarray, sizes: np.ndarray, bounds: np.ndarray) -> np.ndarray:
@@ -267,21 +281,21 @@ def place_labels(dots: np.ndarray, sizes: np.ndarray, bounds: np.ndarray) -> np.
     return corners
 
 
-def _interactive_map(words: list[str], places: np.ndarray, labelled: np.ndarray) -> str:
+def _interactive_map(words: list[str], places: np.ndarray, sides: list[str]) -> str:
     try:
         import plotly.graph_objects as go
     except ImportError as error:
         raise UnrolledError("an interactive map needs plotly: pip install 'unrolled[plots]'") from error
-    names = [html.escape(shown(word)) for word in words]
+    names = [html.escape(shown(word), quote=False) for word in words]
     figure = go.Figure(
         go.Scatter(
             x=places[:, 0],
             y=places[:, 1],
             mode="markers+text",
-            text=[name if shows else "" for name, shows in zip(names, labelled.tolist(), strict=True)],
+            text=[name if side else "" for name, side in zip(names, sides, strict=True)],
             hovertext=[f"{name} ({rank})" for rank, name in enumerate(names, start=1)],
             hoverinfo="text",
-            textposition="middle right",
+            textposition=[side or "middle right" for side in sides],
             textfont_size=10,
             marker={"size": 4, "color": COLOURS[0]},
         )
@@ -297,4 +311,5 @@ def _interactive_map(words: list[str], places: np.ndarray, labelled: np.ndarray)
         plot_bgcolor="white",
         dragmode="zoom",
     )
-    return figure.to_html(include_plotlyjs=True, full_html=True, config={"displaylogo": False, "scrollZoom": True})
+    page = figure.to_html(include_plotlyjs=True, full_html=True, config={"displaylogo": False, "scrollZoom": True})
+    return page.replace("<head>", "<head><title>Unrolled: a map of tokens</title>", 1)

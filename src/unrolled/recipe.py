@@ -106,7 +106,7 @@ class Training(Section):
     """Passes over the training text."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """Plain stochastic gradient descent as in the references, or AdamW."""
-    learning_rate: PositiveFloat = 1.0
+    learning_rate: Annotated[float, Field(gt=0, le=3e38)] = 1.0
     """The rate before any schedule lowers it."""
     schedule: Literal["decay", "cosine", "exponential"] = "decay"
     """decay: by epochs. cosine: warm-up, then half a cosine to 0. exponential: by a factor a step to the final one."""

@@ -84,7 +84,7 @@ def _summary(runs: Sequence[Run], names: list[str]) -> list[list[str]]:
         ),
         ("epochs", lambda run: str(run.manifest.get("epochs", "–"))),
         ("training", lambda run: f"{run.manifest.get('training_s', 0):,.0f} s"),
-        ("best epoch", lambda run: str(_result(run, "best_epoch"))),
+        ("best epoch", lambda run: str(_result(run, "best_epoch") or "–")),
         ("valid perplexity, exact", lambda run: _figure(_result(run, "valid", "perplexity"))),
         ("test perplexity, exact", lambda run: _figure(_result(run, "test", "perplexity"))),
         ("test perplexity, teacher-forced", lambda run: _figure(_result(run, "test", "teacher_forced", "perplexity"))),
@@ -95,7 +95,7 @@ def _summary(runs: Sequence[Run], names: list[str]) -> list[list[str]]:
     ]
     for label, figure in figures:
         row = [figure(run) for run in runs]
-        if any(value not in ("–", "None") for value in row):
+        if any(value != "–" for value in row):
             rows.append([label, *row])
     return rows
 

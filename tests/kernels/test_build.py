@@ -1,5 +1,6 @@
 """The kernels are built when asked to, whole or not at all, and what cannot be built is said in one line."""
 
+import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +46,7 @@ def test_levels_and_versions_do_not_share_a_library(monkeypatch: pytest.MonkeyPa
     ("compiler", "said"),
     [
         ("/nowhere/g++", "did not compile: /nowhere/g\\+\\+: No such file"),
-        ("false", "did not compile: status 1"),
+        ("false", "did not compile: false ended with status 1"),
         ("true", "do not run here"),  # it says it has compiled, and has not
     ],
 )
@@ -56,6 +57,19 @@ def test_a_build_that_fails_is_said_and_leaves_nothing(
     with pytest.raises(UnrolledError, match=f"the kernels {said}"):
         build.build()
     assert list((empty_cache / "kernels").iterdir()) == []
+
+
+def test_a_damaged_library_is_not_loaded_and_is_built_again(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = build.library_path(ABLE[0])
+    path.parent.mkdir()
+    path.write_bytes(b"\x7fELF" + bytes(1000))
+    assert not build.is_whole(path)
+    status = [sys.executable, "-m", "unrolled", "kernels", "status", "--json"]
+    done = subprocess.run(status, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["in_use"] == "none"
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(UnrolledError, match="false ended with status 1"):
+        build.build()
 
 
 def test_without_a_compiler_the_way_out_is_named(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +89,7 @@ def test_two_may_build_at_once_and_every_level_agrees_with_the_plain_twins(
     with ThreadPoolExecutor() as pool:
         builds = [pool.submit(subprocess.run, command, capture_output=True, text=True, check=True) for _ in range(2)]
         said = {done.result().stdout.strip() for done in builds}
-    (library,) = (empty_cache / "kernels").iterdir()
+    (library,) = (empty_cache / "kernels").glob("*.so")
     assert said == {f"{level}: {library}"}
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).parent / "test_ops.py")]
     done = subprocess.run(tests, capture_output=True, text=True, check=False)

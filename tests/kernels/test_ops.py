@@ -277,6 +277,52 @@ def test_the_operators_keep_to_pytorchs_rules() -> None:
         torch.library.opcheck(operator.default, arguments)
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("narrow", [False, True])
+def test_what_an_earlier_call_left_in_memory_has_no_say(kind: tuple[str, dict[str, Any]], narrow: bool) -> None:
+    """A call full of NaN before every other; sizes at and beside the edges of blocks."""
+    for hidden_size in (1, 15, 16, 17, 31, 33, 48):
+        for one_hot in (False, True):
+            torch.manual_seed(0)
+            cell = CELLS[kind[0]](20, hidden_size, **kind[1])
+            inputs = torch.randint(20, (3, 5)) if one_hot else torch.randn(3, 5, 20)
+            state = cell.initial_state(5)
+            weights = [torch.ones(3, 5, hidden_size), *(torch.ones_like(tensor) for tensor in state)]
+            spoilt = CELLS[kind[0]](40, 100, **kind[1])
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+                for parameter in spoilt.parameters():
+                    parameter.fill_(torch.nan)
+            with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+                first = spoilt.initial_state(9)
+                ones = [torch.ones(3, 9, 100), *(torch.ones_like(tensor) for tensor in first)]
+                gradients(unroll_native, spoilt, torch.ones(3, 9, 40), first, ones)
+                native = gradients(unroll_native, cell, inputs, state, weights)
+            assert all(tensor.isfinite().all() for tensor in native)
+
+
+def test_what_a_caller_gets_wrong_is_an_error_and_no_crash() -> None:
+    model = LanguageModel(300, 0, [20])
+    ids = torch.zeros(3, 2, dtype=torch.int64)
+    for inputs, targets in ((ids + 10**9, ids), (ids - 1, ids), (ids, ids + 300)):
+        with pytest.raises(IndexError, match="not below the number of tokens"):
+            model.nll(inputs, targets, model.initial_state(2))
+    with pytest.raises(ValueError, match="expects f32 or ids of shape"):
+        model.nll(ids, ids, model.initial_state(3))
+    narrow_ids, _, _ = model.nll(ids.int(), ids.int(), model.initial_state(2))
+    torch.testing.assert_close(narrow_ids, model.nll(ids, ids, model.initial_state(2))[0])
+    stream = Stream(model.eval(), model.initial_state(1))
+    for k in (0, 301):
+        with pytest.raises(ValueError, match="k must be at least 1"):
+            stream.likeliest(ids[0, :1], k)
+    with pytest.raises(ValueError, match="the state is not that of so many streams"):
+        stream.read(ids[:, 0])
+    with pytest.raises(IndexError):
+        stream.read(ids[0, :1] + 300)
+    columns = torch.randint(300, (4, 3))
+    one, other = (Stream(model, model.initial_state(4)) for _ in range(2))
+    assert torch.equal(one.read(columns[:, 1]), other.read(columns[:, 1].contiguous()))
+
+
 def test_without_kernels_an_operator_says_what_is_missing() -> None:
     with build.switched_off(), pytest.raises(RuntimeError, match="unrolled kernels build"):
         torch.ops.unrolled.largest(torch.zeros(3), 1)

@@ -104,7 +104,11 @@ class Tokenizer:
                     self._table[ord(character)] = number
         ids = self._table[_code_points(text)]
         if self.unknown_id is None and len(ids) and ids.max() == missing:
-            raise UnrolledError(f"the character {text[int(ids.argmax())]!r} is not in the model's vocabulary")
+            known = "".join(sorted(character for character in self._ids if len(character) == 1))
+            raise UnrolledError(
+                f"the character {text[int(ids.argmax())]!r} is not in the model's vocabulary, which has no <unk>: "
+                f"{known[:60]}{'…' * (len(known) > 60)}"
+            )
         return ids
 
     def token(self, id: int) -> str:

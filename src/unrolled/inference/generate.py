@@ -113,9 +113,13 @@ def generate(
 
 
 def sample(model: LanguageModel, tokenizer: Tokenizer, length: int, seed: int) -> str:
-    """A text of `length` tokens from a random first one, drawn from the distribution as it is."""
-    unknown = len(tokenizer) == 1
-    return "".join(generate(model, tokenizer, length=length, seed=seed, unknown=unknown, random_start=True))
+    """A text of `length` tokens, drawn from the distribution as it is.
+
+    Characters begin with a random one. A random word is nearly always one that hardly occurs, after which a model may
+    never find back to what it knows; so words, and pieces of them, begin a line.
+    """
+    unknown, random_start = len(tokenizer) == 1, tokenizer.unit in ("character", "byte")
+    return "".join(generate(model, tokenizer, length=length, seed=seed, unknown=unknown, random_start=random_start))
 
 
 def new_seed() -> int:

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from unrolled.errors import UnrolledError
-from unrolled.files import cache_folder
+from unrolled.files import cache_folder, sha256_of, write_whole
 
 SOURCES = Path(__file__).parent / "source"
 OPTIONS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-w")
@@ -97,7 +97,10 @@ def library_path(level: str) -> Path:
 def compiler() -> list[str] | None:
     """The C++ compiler's command: `CXX`, or the first that is there."""
     if command := os.environ.get("CXX"):
-        return shlex.split(command)
+        try:
+            return shlex.split(command)
+        except ValueError as error:
+            raise UnrolledError(f"CXX is {command!r}, which is no command: {error}") from error
     return next(([path] for name in ("g++", "c++", "clang++") if (path := shutil.which(name))), None)
 
 
@@ -114,7 +117,7 @@ def build(again: bool = False) -> Path:
     if level is None:
         raise UnrolledError("the kernels are switched off: UNROLLED_KERNELS is off")
     path = library_path(level)
-    if path.is_file() and not again:
+    if is_whole(path) and not again:
         return path
     command = compiler()
     if command is None:
@@ -128,9 +131,22 @@ def build(again: bool = False) -> Path:
         sources = sorted(map(str, SOURCES.glob("*.cpp")))
         _run([*command, *OPTIONS, *LEVELS[level].options, *sources, "-o", str(made)], "did not compile")
         _run([sys.executable, "-c", _CHECK, str(made)], "do not run here")
+        write_whole(_hash_file(path), sha256_of(made).encode())
         made.replace(path)
     _loaded.cache_clear()
     return path
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a library is there as it was built."""
+    try:
+        return _hash_file(path).read_text(encoding="utf-8") == sha256_of(path)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _hash_file(path: Path) -> Path:
+    return path.with_suffix(".sha256")
 
 
 _CHECK = """
@@ -148,7 +164,7 @@ def _run(command: list[str], failure: str) -> None:
         raise UnrolledError(f"the kernels {failure}: {command[0]}: {error.strerror}") from error
     if done.returncode:
         said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-300:])
-        raise UnrolledError(f"the kernels {failure}: {said or f'status {done.returncode}'}")
+        raise UnrolledError(f"the kernels {failure}: {said or f'{command[0]} ended with status {done.returncode}'}")
 
 
 SIGNATURES = {
@@ -163,9 +179,9 @@ SIGNATURES = {
     "layer_size": "iiiqqp",
     "lay_out_layer": "iiiqq" + "p" * 6,
     "lay_out_decoder": "iqqpp",
-    "step_of_model": "piqpppp",
+    "step_of_model": "piqppqpp",
     "largest_of": "qqppp",
-    "likeliest_of_model": "pippqpp",
+    "likeliest_of_model": "pippqqpp",
 }
 _TYPES = {"i": ctypes.c_int, "q": ctypes.c_int64, "p": ctypes.c_void_p, "f": ctypes.c_float}
 
@@ -193,7 +209,7 @@ def library() -> ctypes.CDLL | None:
 def _loaded() -> ctypes.CDLL | None:
     level = chosen_level()
     path = library_path(level) if level else None
-    if path is None or not path.is_file():
+    if path is None or not is_whole(path):
         return None
     loaded = ctypes.CDLL(str(path))
     for name, signature in SIGNATURES.items():

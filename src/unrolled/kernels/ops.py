@@ -15,7 +15,7 @@ from unrolled.kernels.build import library
 KINDS = {"lstm": 0, "gru": 1, "tanh": 2, "relu": 3}
 _SLOTS = (4, 4, 1, 1)
 _GATES = (4, 3, 1, 1)
-_NO_SUCH_ID = 2
+_NO_SUCH_ID, _NO_SUCH_STATE, _NO_SUCH_COUNT = 2, 3, 4
 _library = torch.library.Library("unrolled", "DEF")
 
 
@@ -32,6 +32,10 @@ def _call(name: str, *arguments: Any) -> None:
     failure = getattr(found, name)(*values)
     if failure == _NO_SUCH_ID:
         raise IndexError("an id is not below the number of tokens")
+    if failure == _NO_SUCH_STATE:
+        raise ValueError("the state is not that of so many streams of this model")
+    if failure == _NO_SUCH_COUNT:
+        raise ValueError("k must be at least 1 and at most the number of tokens")
     if failure:
         raise MemoryError("not enough memory for a kernel's workspace")
 
@@ -39,7 +43,9 @@ def _call(name: str, *arguments: Any) -> None:
 def _expect(*pairs: tuple[Tensor | None, tuple[int, ...]]) -> None:
     """The kernels read memory as they are told it lies, so what a caller gets wrong is refused before."""
     for tensor, shape in pairs:
-        if tensor is not None and (tensor.shape != shape or tensor.dtype not in (torch.float32, torch.int64)):
+        if tensor is not None and (
+            tensor.shape != shape or tensor.dtype not in (torch.float32, torch.int64, torch.int32)
+        ):
             raise ValueError(f"a kernel expects f32 or ids of shape {shape}, not {tensor.dtype} {tuple(tensor.shape)}")
 
 
@@ -79,6 +85,7 @@ def _recurrent(
         outputs (T, B, H); the last cells (B, H), empty but for an LSTM; and for the backward pass the gates
         (T, B, U, S, 16) and cells (T, B, U, 16), units in U blocks of 16.
     """
+    inputs = inputs if inputs.is_floating_point() else inputs.long()
     (batch, size), gates_size = h.shape, _GATES[kind] * h.shape[1]
     shape = (*inputs.shape[:2], weight_ih.shape[1])[: 3 if inputs.is_floating_point() else 2]
     _expect((inputs, shape), (h, (inputs.shape[1], size)), (c, (batch, size)), (bias, (gates_size,)))
@@ -215,7 +222,7 @@ def _decoder_nll(
     Returns:
         nll (N,) in nats; and for the backward pass shift (N,), sums (N,), exponentials (V, N) padded, or empty.
     """
-    (tokens, size), vocabulary = hidden.shape, len(weight)
+    (tokens, size), vocabulary, targets = hidden.shape, len(weight), targets.long()
     _expect((hidden, (tokens, size)), (weight, (vocabulary, size)), (bias, (vocabulary,)), (targets, (tokens,)))
     result = nll, shift, sums, exponentials = _decoder_shapes(hidden, weight, bias, targets, narrow, keep)
     _call(
@@ -421,7 +428,9 @@ def _step(packed: Tensor, ids: Tensor, state: Tensor, vocab_size: int) -> tuple[
         logits (B, V to a multiple of 16, the rest -inf) and the logarithm of the sum of their exponentials (B,).
     """
     logits, normaliser = _step_shapes(packed, ids, state, vocab_size)
-    _call("step_of_model", packed, torch.get_num_threads(), len(ids), ids, state, logits, normaliser)
+    ids = ids.long().contiguous()
+    size = state.numel()
+    _call("step_of_model", packed, torch.get_num_threads(), len(ids), ids, state, size, logits, normaliser)
     return logits, normaliser
 
 
@@ -436,6 +445,8 @@ _library.define("largest(Tensor values, int k) -> (Tensor, Tensor)")
 @torch.library.impl(_library, "largest", "CPU")
 def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of values (N,), falling, and their places; those of equal size by rising place."""
+    if not 1 <= k <= len(values):
+        raise ValueError(f"k must be from 1 to {len(values)}, not {k}")
     found, places = _largest_shapes(values, k)
     _call("largest_of", len(values), k, values.contiguous(), places, found)
     return found, places
@@ -452,8 +463,10 @@ _library.define("likeliest(Tensor packed, Tensor id, Tensor(a!) state, int k) ->
 @torch.library.impl(_library, "likeliest", "CPU")
 def _likeliest(packed: Tensor, id: Tensor, state: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`step` of one stream, and the k likeliest tokens after it: log-probabilities (k,), falling, and ids (k,)."""
+    _expect((id, (1,)))
     log_probs, ids = _likeliest_shapes(packed, id, state, k)
-    _call("likeliest_of_model", packed, torch.get_num_threads(), id, state, k, ids, log_probs)
+    id = id.long()
+    _call("likeliest_of_model", packed, torch.get_num_threads(), id, state, state.numel(), k, ids, log_probs)
     return log_probs, ids
 
 

@@ -321,7 +321,9 @@ def _say_kernels(path: Path, device: torch.device, precision: str, progress: Pro
     if device.type != "cpu":
         return
     used, before = build.in_use(), folder.read_manifest(path)["versions"].get("kernels")
-    if used == "none":
+    if build.chosen_level() is None:
+        progress(_note(f"{precision}, on PyTorch alone: UNROLLED_KERNELS is off"))
+    elif used == "none":
         progress(_note(f"{precision}, on PyTorch alone; unrolled kernels build makes this several times faster"))
     else:
         progress(_note(f"{precision}, on the {used} kernels"))

@@ -20,6 +20,8 @@ static void columns_panel(const float* weight, const Sizes& z, const int* gates,
             int64_t rows = gates[s] < 0 ? 0 : std::min<int64_t>(PANEL, z.hidden - u * PANEL);
             to_panel<T>([=](int64_t i) { return from + i * n; }, rows, PANEL, columns, panel);
         }
+    const int64_t slots = z.blocks() * Cell::SLOTS * PANEL;
+    std::memset(panel, 0, (padded<T>(slots) - slots) * PANEL * sizeof(T));
 }
 
 static thread_local Workspace workspace;

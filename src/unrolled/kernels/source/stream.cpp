@@ -198,7 +198,8 @@ struct Header {
 
 // state: for each layer h (B, H), and for an LSTM c (B, H), one after the other; read and written.
 extern "C" int step_of_model(
-    const char* packed, int threads, int64_t batch, const int64_t* ids, float* state, float* logits, float* normaliser) {
+    const char* packed, int threads, int64_t batch, const int64_t* ids, float* state, int64_t state_size, float* logits,
+    float* normaliser) {
     const Header& header = *reinterpret_cast<const Header*>(packed);
     if (!within(ids, batch, header.vocabulary)) return NO_SUCH_ID;
     Layer layers[64];
@@ -210,7 +211,9 @@ extern "C" int step_of_model(
             reinterpret_cast<const float*>(packed + from.biases), reinterpret_cast<const float*>(packed + from.table),
             state, state + size};
         state += from.kind == LSTM ? 2 * size : size;
+        state_size -= from.kind == LSTM ? 2 * size : size;
     }
+    if (state_size != 0) return NO_SUCH_STATE;
     return with_operand(header.narrow, [&](auto operand) {
         using T = decltype(operand);
         step<T>(
@@ -253,16 +256,18 @@ extern "C" int largest_of(int64_t n, int64_t k, const float* values, int64_t* pl
 
 // One token of one stream -> the k likeliest to follow, and the natural logarithms of their probabilities.
 extern "C" int likeliest_of_model(
-    const char* packed, int threads, const int64_t* id, float* state, int64_t k, int64_t* places, float* log_probs) {
+    const char* packed, int threads, const int64_t* id, float* state, int64_t state_size, int64_t k, int64_t* places,
+    float* log_probs) {
     static thread_local Workspace answer;
     const int64_t vocabulary = reinterpret_cast<const Header*>(packed)->vocabulary;
+    if (k < 1 || k > vocabulary) return NO_SUCH_COUNT;
     try {
         answer.reserve(Workspace::room<float>(panels(vocabulary) * PANEL));
     } catch (const std::bad_alloc&) {
         return NO_MEMORY;
     }
     float normaliser, *logits = answer.take<float>(panels(vocabulary) * PANEL);
-    if (int failure = step_of_model(packed, threads, 1, id, state, logits, &normaliser)) return failure;
+    if (int failure = step_of_model(packed, threads, 1, id, state, state_size, logits, &normaliser)) return failure;
     find_largest(vocabulary, k, logits, places, log_probs);
     for (int64_t i = 0; i < k; ++i) log_probs[i] -= normaliser;
     return 0;

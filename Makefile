@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python)
 BIN := .venv/bin
 RUN = runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: install demo test check bench docs clean
+.PHONY: install demo test check bench bench-peers docs clean
 
 install: .venv/installed
 
@@ -35,8 +35,19 @@ bench: install  ## speed, against plain PyTorch in the same run
 	$(BIN)/python benchmarks/encode.py
 	$(BIN)/unrolled bench
 
+bench-peers: install .peers/jax .peers/keras  ## training, against JAX, Keras and torch.compile too
+	$(BIN)/unrolled bench --recipe ptb-small ptb-medium --task train --subject "torch bf16" "torch compiled" \
+		"unrolled bf16" "jax=.peers/jax/bin/python benchmarks/peers/jax_lm.py" \
+		"keras=.peers/keras/bin/python benchmarks/peers/keras_lm.py"
+
+.peers/jax:
+	$(PYTHON) -m venv $@ && $@/bin/python -m pip install --quiet jax==0.10.2 || { rm -rf $@; false; }
+
+.peers/keras:
+	$(PYTHON) -m venv $@ && $@/bin/python -m pip install --quiet tensorflow-cpu==2.21.0 || { rm -rf $@; false; }
+
 docs: install  ## what in docs/ is made from the code
 	$(BIN)/python docs/make.py --tour
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .peers .pytest_cache .ruff_cache .hypothesis

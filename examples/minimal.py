@@ -37,6 +37,8 @@ for epoch in range(1, EPOCHS + 1):
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
+        if not tokens and epoch == 1:
+            print(f"before training: {nll.item() / count:.4f} nats a token; ln V = {math.log(model.vocab_size):.4f}")
         nll_nats += nll.item()
         tokens += count
     valid = evaluate_exact(model, dataset.ids["valid"])

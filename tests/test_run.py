@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import unrolled
 from unrolled import Run, UnrolledError
 from unrolled import folder as folder_module
 from unrolled.files import write_whole
+from unrolled.kernels import build
 
 
 @pytest.fixture
@@ -52,6 +54,22 @@ def test_a_moved_folder_is_all_that_is_needed(copy: Path, toy_run: Run, monkeypa
     assert moved.predict("the dog").words == toy_run.predict("the dog").words
     assert moved.evaluate()["nll_nats"] == toy_run.evaluate()["nll_nats"]
     assert moved.generate("the", length=20, seed=1) == toy_run.generate("the", length=20, seed=1)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_in_bf16_the_answers_are_nearly_the_same(toy_run: Run, character_run: Run, kernels: bool) -> None:
+    with nullcontext() if kernels else build.switched_off():
+        for run in (toy_run, character_run):
+            rounded = unrolled.load(run.path, precision="bf16")
+            exact, near = run.evaluate(), rounded.evaluate()
+            assert (exact["precision"], near["precision"]) == ("f32", "bf16")
+            assert near["perplexity"] == pytest.approx(exact["perplexity"], rel=0.01)
+            assert rounded.score("the").log_prob == pytest.approx(run.score("the").log_prob, rel=0.02)
+            for (word, value), (other, nearly) in zip(run.predict("the").words, rounded.predict("the").words, strict=True):
+                assert nearly == pytest.approx(value, rel=0.05, abs=0.005) or word != other
+            assert rounded.generate("the", length=20, temperature=0.0)
+    with pytest.raises(UnrolledError, match="no precision 'f16'; it is f32 or bf16"):
+        unrolled.load(toy_run.path, precision="f16")
 
 
 def test_the_heldout_text_may_be_taken_away(copy: Path) -> None:

@@ -2,11 +2,21 @@
 
 Every subject is a function that makes the work ready and returns `work(count)`, which does so many steps of it. What is
 reported of a subject is the median over the rounds, and of its ratio to the baseline the median of the rounds' ratios.
+
+A subject may also be a program, NAME=COMMAND, such as benchmarks/peers/jax_lm.py in an environment of its own. It is
+given the work as JSON {"recipe", "ids" (a .npy file), "vocab_size"}, and answers every count on its standard input with
+a line when it has taken so many training steps.
 """
 
+import json
 import math
 import multiprocessing
+import resource
+import shlex
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
@@ -135,7 +145,8 @@ def _our_scoring(case: Case, precision: str) -> Work:
 
 def _our_next_word(case: Case, precision: str) -> Work:
     model = build_model(case.recipe.model, case.vocab_size).eval()
-    stream = Stream(model, model.initial_state(1), narrow=precision == "bf16")
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        stream = Stream(model, model.initial_state(1))
     ids = torch.from_numpy(case.ids[:4096].astype(np.int64))
 
     def work(count: int) -> None:
@@ -225,6 +236,25 @@ def plain(task: str, case: Case, precision: str, compiled: bool = False) -> Work
     return {"train": train, "score": score, "next-word": next_word}[task]
 
 
+def peer(command: str, case: Case) -> Work:
+    """Training by another program, which keeps to the protocol at the head of this file."""
+    with tempfile.NamedTemporaryFile(suffix=".npy", delete=False) as file:
+        np.save(file, case.ids)
+    work = {"recipe": case.recipe.model_dump(mode="json"), "ids": file.name, "vocab_size": case.vocab_size}
+    process = subprocess.Popen(
+        [*shlex.split(command), json.dumps(work)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    stdin, stdout = process.stdin, process.stdout
+    assert stdin and stdout
+
+    def train(count: int) -> None:
+        print(count, file=stdin, flush=True)
+        if not stdout.readline():
+            raise UnrolledError(f"{command} ended with status {process.wait()}")
+
+    return train
+
+
 # ------------------------------------------------------------------------------------------------ measuring
 
 SUBJECTS: dict[str, Callable[[str, Case], Work]] = {
@@ -255,13 +285,13 @@ def bench(
 
     Yields:
         For each task and subject {"subject", "recipe", "task", "median", "minimum", "maximum", "unit",
-        "ratio_to_baseline", "share_of_ceiling"}; the ratio is above 1 for what is faster.
+        "ratio_to_baseline", "share_of_ceiling", "peak_memory_mib"}; the ratio is above 1 for what is faster.
 
     Raises:
         UnrolledError: there is no such recipe, task or subject, or nothing to time.
     """
     for name, known in ((tasks, TASKS), (subjects, SUBJECTS)):
-        for unknown in (one for one in name if one not in known):
+        for unknown in (one for one in name if one not in known and "=" not in one):
             raise UnrolledError(
                 f"no {'task' if known is TASKS else 'subject'} {unknown!r}; there are " + ", ".join(known)
             )
@@ -271,20 +301,21 @@ def bench(
     for task in tasks:
         tokens = {"train": training.batch_size, "score": SCORED_STREAMS, "next-word": 1}[task]
         tokens *= 1 if task == "next-word" else training.num_steps
-        names = list(dict.fromkeys((BASELINE, *subjects)))
+        names = list(dict.fromkeys((BASELINE, *(name for name in subjects if task == "train" or "=" not in name))))
         speeds: dict[str, list[float]] = {name: [] for name in (*names, _CEILING)}
         with ExitStack() as stack:
             workers = {name: stack.enter_context(_Worker(recipe, task, name, seconds)) for name in speeds}
             for _ in range(rounds):
                 for name, worker in workers.items():
                     speeds[name].append(tokens / worker.seconds_a_step())
+            memory = {name: worker.peak_memory_mib() for name, worker in workers.items()}
         possible = statistics.median(speeds[_CEILING]) / tokens * _CEILING_FLOP
         for name in names:
             values = speeds[name]
             shown = [1e6 / value for value in values] if task == "next-word" else values
             ratios = [a / b for a, b in zip(values, speeds[BASELINE], strict=True)]
             yield {
-                "subject": name,
+                "subject": name.partition("=")[0],
                 "recipe": recipe,
                 "task": task,
                 "median": statistics.median(shown),
@@ -295,6 +326,7 @@ def bench(
                 "ratio_minimum": min(ratios),
                 "ratio_maximum": max(ratios),
                 "share_of_ceiling": statistics.median(values) * flop / possible if task == "train" else None,
+                "peak_memory_mib": memory[name],
             }
 
 
@@ -308,7 +340,7 @@ class _Worker:
 
     def __enter__(self) -> Self:
         self.process.start()
-        self.connection.recv()
+        self._ask("ready")
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -317,19 +349,42 @@ class _Worker:
 
     def seconds_a_step(self) -> float:
         """How long a step took in one more round."""
-        self.connection.send(None)
-        return self.connection.recv()
+        return self._ask("work")
+
+    def peak_memory_mib(self) -> float | None:
+        """The most memory that the process held, from its beginning; unknown of another program."""
+        return self._ask("memory")
+
+    def _ask(self, what: str) -> Any:
+        self.connection.send(what)
+        answer = self.connection.recv()
+        if isinstance(answer, UnrolledError):
+            raise answer
+        return answer
 
 
 def _serve(connection: Connection, recipe: str, task: str, subject: str, seconds: float) -> None:
-    """Makes the work ready and warm, then does a round of it for every message."""
-    work = _ceiling if subject == _CEILING else SUBJECTS[subject](task, case(recipe))
-    work(3)
+    """Makes the work ready and warm, then does a round of it whenever asked."""
+    connection.recv()
+    try:
+        work = _ceiling if subject == _CEILING else _subject(subject, task, case(recipe))
+        work(3)
+    except UnrolledError as error:
+        connection.send(error)
+        return
     count = max(1, math.ceil(seconds / _seconds_a_step(work, 3)))
     connection.send(None)
     while True:
-        connection.recv()
-        connection.send(_seconds_a_step(work, count))
+        if connection.recv() == "work":
+            connection.send(_seconds_a_step(work, count))
+        else:
+            most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
+            connection.send(None if "=" in subject else most / (2**20 if sys.platform == "darwin" else 2**10))
+
+
+def _subject(name: str, task: str, case: Case) -> Work:
+    known, _, command = name.partition("=")
+    return peer(command, case) if command else SUBJECTS[known](task, case)
 
 
 def _ceiling(count: int) -> None:

@@ -14,7 +14,7 @@ from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 import unrolled
 from unrolled.answers import fail, figure, notice, print_epoch, print_json, print_results, print_table, read_lines, utf8
 from unrolled.errors import UnrolledError
-from unrolled.options import Device, Json, RecipeOptions, RunFolder, Text, Whole
+from unrolled.options import Device, Json, Precision, RecipeOptions, RunFolder, Text, Whole
 from unrolled.recipe import load_recipe
 
 NO_NEGATIVES = Parameter(negative=())
@@ -91,6 +91,7 @@ def evaluate(
     encoding: str | None = None,
     protocol: Literal["exact", "paper"] = "exact",
     device: Device = "auto",
+    precision: Precision = "f32",
     json: Json = False,
 ) -> None:
     """Perplexity of a split, every token after the first counted once.
@@ -106,7 +107,7 @@ def evaluate(
     protocol
         exact: one stream, each token after the first counted once. paper: as the reference code did it, tail dropped.
     """
-    answer = unrolled.load(run, device).evaluate(split, protocol, data, encoding)
+    answer = unrolled.load(run, device, precision).evaluate(split, protocol, data, encoding)
     if json:
         print_json(answer)
         return
@@ -138,6 +139,7 @@ def score(
     *,
     per_token: bool = False,
     device: Device = "auto",
+    precision: Precision = "f32",
     json: Json = False,
 ) -> None:
     """How probable each line of a text is: log-probability in nats, tokens, unknown words, perplexity.
@@ -151,7 +153,7 @@ def score(
     """
     from unrolled.data.tokens import shown
 
-    model = unrolled.load(run, device)
+    model = unrolled.load(run, device, precision)
     for number, line in enumerate(read_lines(file), start=1):
         try:
             result = model.score(line)
@@ -187,6 +189,7 @@ def predict(
     k: Annotated[Whole, Parameter(name=["-k", "--k"])] = 10,
     unknown: bool = False,
     device: Device = "auto",
+    precision: Precision = "f32",
     json: Json = False,
 ) -> None:
     """The likeliest next words after a text, with their probabilities.
@@ -200,7 +203,7 @@ def predict(
     """
     from unrolled.data.tokens import shown
 
-    model = unrolled.load(run, device)
+    model = unrolled.load(run, device, precision)
     for text in read_lines("-") if prefix is None else [utf8(prefix)]:
         found = model.predict(text, k, unknown)
         if json:
@@ -228,6 +231,7 @@ def generate(
     unknown: bool = False,
     random_start: bool = False,
     device: Device = "auto",
+    precision: Precision = "f32",
     json: Json = False,
 ) -> None:
     """Write more: a text continued, streamed as it is drawn.
@@ -260,7 +264,7 @@ def generate(
     if prompt_file is not None or prompt == "-":
         prompt = "\n".join(read_lines(str(prompt_file or "-")))
     prompt = utf8(prompt or "")
-    model = unrolled.load(run, device)
+    model = unrolled.load(run, device, precision)
     from unrolled.inference.generate import new_seed
 
     seed = new_seed() if seed is None else seed
@@ -303,7 +307,7 @@ def inspect(run: RunFolder, /, *, json: Json = False) -> None:
     print_table(["parameter", "shape", "count"], [*rows, ["all", "", f"{opened.model.num_parameters():,}"]])
     first = " ".join(shown(opened.tokenizer.token(id)) for id in range(min(12, len(opened.tokenizer))))
     corpus, training = manifest["corpus"], opened.recipe.training
-    settings = opened.recipe.model.model_dump()
+    settings, epochs = opened.recipe.model.model_dump(), manifest.get("epochs", 0)
     print_table(
         ["", ""],
         [
@@ -321,7 +325,7 @@ def inspect(run: RunFolder, /, *, json: Json = False) -> None:
             ["corpus", corpus["name"] + (f" ({corpus['note']})" if corpus["note"] else "")],
             *[[f"  {s}", f"{i['tokens']:,} tokens, SHA-256 {i['sha256'][:16]}…"] for s, i in corpus["splits"].items()],
             ["started", manifest["started"]],
-            ["trained", f"{manifest.get('epochs', 0)} epochs, {manifest.get('training_s', 0):,.0f} s"],
+            ["trained", f"{epochs} epoch{'s' * (epochs != 1)}, {manifest.get('training_s', 0):,.0f} s"],
             ["machine", ", ".join(f"{key} {value}" for key, value in manifest.get("hardware", {}).items())],
             ["versions", ", ".join(f"{key} {value}" for key, value in manifest["versions"].items())],
         ],
@@ -532,7 +536,8 @@ def bench(
     task
         train, score (64 streams), next-word (one stream).
     subject
-        What to time beside the baseline, torch f32; all when left out.
+        What to time beside the baseline, torch f32; all of ours and PyTorch's when left out. NAME=COMMAND is another
+        program that trains, see benchmarks/peers.
     rounds
         How often each is timed.
     seconds
@@ -551,9 +556,10 @@ def bench(
             share = answer["share_of_ceiling"]
             shown = "" if share is None else f"{share:.0%}"
             rows.append([answer["task"], answer["subject"], *spread, answer["unit"]])
-            rows[-1] += [figure(answer["ratio_to_baseline"], 2), shown]
+            memory = answer["peak_memory_mib"]
+            rows[-1] += [figure(answer["ratio_to_baseline"], 2), shown, "" if memory is None else f"{memory:,.0f}"]
         if rows:
-            heads = [name, "", "median", "least", "most", "", "ratio", "of the ceiling"]
+            heads = [name, "", "median", "least", "most", "", "ratio", "of the ceiling", "MiB"]
             print_table(heads, rows)
 
 

@@ -204,10 +204,15 @@ def cut_metrics(path: Path, step: int, epoch: int) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file that carries the SHA-256 of its tensors and metadata."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = metadata | {"sha256": _sha256_of_tensors(tensors, metadata)}
-    write_whole(path, safetensors.torch.save(tensors, metadata))
+    """A safetensors file that carries the SHA-256 of its tensors and metadata. What has two names is written twice."""
+    written: dict[str, torch.Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        written[name] = plain.clone() if plain.data_ptr() in places else plain
+        places.add(plain.data_ptr())
+    metadata = metadata | {"sha256": _sha256_of_tensors(written, metadata)}
+    write_whole(path, safetensors.torch.save(written, metadata))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

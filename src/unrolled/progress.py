@@ -85,10 +85,11 @@ class Display:
         elif event["window"] % max(1, event["windows"] // 10) == 0 or time.monotonic() - self.said_at > _SILENCE_S:
             done = event["window"] / event["windows"]
             left = (1 - done) * event["tokens_an_epoch"] / event["tokens_per_second"]
+            shown = f"  {left:,.0f} s left of it" if done < 1 else ""
             self._say(
                 f"epoch {event['epoch']:3d}  {done:4.0%}  perplexity {event['train_perplexity']:9,.2f}  "
                 f"{event['tokens_per_second']:8,.0f} tokens/s  rate {event['learning_rate']:.4g}  "
-                f"gradient {event['grad_norm']:.3g}  {left:,.0f} s left of it"
+                f"gradient {event['grad_norm']:.3g}{shown}"
             )
 
     def _epoch(self, event: dict[str, Any]) -> None:

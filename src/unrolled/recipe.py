@@ -68,8 +68,12 @@ class Model(Section):
     """Units of each layer, from the bottom up."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability that a unit is dropped, on the embedding and on every layer's output."""
+    tie_weights: bool = False
+    """The decoder's matrix is the embedding, whose size is then that of the last layer."""
     init_scale: Annotated[float, Field(gt=0, le=1e6)] = 0.1
-    """Weights begin uniform between minus this and this, biases at 0."""
+    """Weights begin uniform between minus this and this."""
+    init_bias_scale: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """Biases begin uniform between minus this and this; 0 for zero."""
     forget_bias: float = 0.0
     """Added to the LSTM's forget gate at the start; the references use none."""
     activation: Literal["tanh", "relu"] = "tanh"
@@ -82,6 +86,11 @@ class Model(Section):
         for name, cells in (("forget_bias", ["lstm"]), ("activation", ["elman", "jordan"]), ("join", ["elman"])):
             if self.cell not in cells and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"model.{name} is an option of {' and '.join(cells)}, not of {self.cell}")
+        if self.tie_weights and self.embedding_size != self.hidden_sizes[-1]:
+            raise ValueError(
+                f"model.tie_weights takes an embedding as long as the last layer: model.embedding_size "
+                f"{self.hidden_sizes[-1]}, not {self.embedding_size}"
+            )
         if self.cell == "jordan" and (self.embedding_size or len(self.hidden_sizes) > 1 or self.dropout):
             raise ValueError(
                 "jordan feeds its output back to one layer that reads one-hot tokens: "

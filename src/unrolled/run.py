@@ -31,8 +31,11 @@ if TYPE_CHECKING:
 class Run:
     """A trained model, ready for use. Made by `unrolled.load`; needs the folder alone."""
 
-    def __init__(self, path: Path, device: str = "cpu") -> None:
+    def __init__(self, path: Path, device: str = "cpu", precision: str = "f32") -> None:
+        if precision not in ("f32", "bf16"):
+            raise UnrolledError(f"no precision {precision!r}; it is f32 or bf16")
         self.path = path
+        self.precision = precision
         self.folder = path.resolve()
         self.manifest = read_manifest(path)
         self.device = pick_device(device)
@@ -60,7 +63,8 @@ class Run:
         """The k likeliest next tokens after `prefix`, with the model's probabilities; `<unk>` only if asked for."""
         from unrolled.inference.generate import predict
 
-        return predict(self.model, self.tokenizer, prefix, k, unknown)
+        with self._rounded():
+            return predict(self.model, self.tokenizer, prefix, k, unknown)
 
     def generate(self, prompt: str = "", **options: Any) -> str:
         """`prompt` continued; the options are `stream`'s."""
@@ -73,13 +77,19 @@ class Run:
         """
         from unrolled.inference.generate import generate
 
-        return generate(self.model, self.tokenizer, prompt, **options)
+        with self._rounded():
+            return generate(self.model, self.tokenizer, prompt, **options)
 
     def score(self, text: str) -> "Score":
         """How probable a text is: log-probability of every token, their sum, perplexity."""
         from unrolled.inference.score import score
 
-        return score(self.model, self.tokenizer, text)
+        with self._rounded():
+            return score(self.model, self.tokenizer, text)
+
+    def _rounded(self) -> torch.autocast:
+        """Within it products are of bf16, where that is this run's precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def evaluate(
         self, split: str = "test", protocol: str = "exact", data: str | None = None, encoding: str | None = None
@@ -115,12 +125,13 @@ class Run:
         unknown = 0 if self.tokenizer.unknown_id is None else int((counted == self.tokenizer.unknown_id).sum())
 
         def figures(teacher_forced: bool) -> dict[str, Any]:
-            if windows is not None:
-                return describe(evaluate_paper(self.model, windows, teacher_forced), characters)
-            return describe(evaluate_exact(self.model, ids, teacher_forced=teacher_forced), characters)
+            with self._rounded():
+                if windows is not None:
+                    return describe(evaluate_paper(self.model, windows, teacher_forced), characters)
+                return describe(evaluate_exact(self.model, ids, teacher_forced=teacher_forced), characters)
 
         answer: dict[str, Any] = {"run": str(self.path), "corpus": corpus, "split": split, "unknown": unknown}
-        answer |= figures(False) | {"protocol": protocol}
+        answer |= figures(False) | {"protocol": protocol, "precision": self.precision}
         if self.model.feeds_back_output:
             names = ("nll_nats", "perplexity", "bits_per_token", "bits_per_character")
             forced = figures(True)
@@ -158,18 +169,19 @@ class Run:
         return corpus.name, split, dataset.ids[split]
 
 
-def load(path: str | os.PathLike[str], device: str = "cpu") -> Run:
+def load(path: str | os.PathLike[str], device: str = "cpu", precision: str = "f32") -> Run:
     """Opens a run folder for use, from anywhere, with no corpus and no recipe beside it.
 
     Args:
         path: the folder that training left.
         device: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one.
+        precision: "f32", or "bf16" for products of bf16, which are faster and shift a perplexity by some thousandths.
 
     Raises:
         UnrolledError: it is no run folder, a file of it is missing, damaged or of a newer format, or there is no such
-            device.
+            device or precision.
     """
-    return Run(Path(path), device)
+    return Run(Path(path), device, precision)
 
 
 def describe(result: Evaluation, characters: int) -> dict[str, Any]:
@@ -241,6 +253,8 @@ def _network(model: Model, vocab_size: int) -> LanguageModel:
         cell=model.cell,
         dropout=model.dropout,
         init_scale=model.init_scale,
+        init_bias_scale=model.init_bias_scale,
+        tie_weights=model.tie_weights,
         **{name: getattr(model, name) for name in CELLS[model.cell].options},
     )
 

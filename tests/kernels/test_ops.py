@@ -1,5 +1,6 @@
 """The native kernels agree with their plain twins, values and gradients, over odd shapes."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -184,17 +185,32 @@ def test_dropout_drops_the_share_it_is_asked_to_and_no_two_alike() -> None:
     assert torch.equal(dropout.eval()(torch.ones(100)), torch.ones(100))
 
 
-@given(sizes=sampled_from([(1,), (5, 3), (4096, 17, 1), (10_000, 300)]), scale=sampled_from([1e-3, 1.0, 1e3]))
-def test_norm_and_descent_are_those_of_pytorch(sizes: tuple[int, ...], scale: float) -> None:
+@given(
+    sizes=sampled_from([(1,), (5, 3), (4096, 17, 1), (10_000, 300)]),
+    scale=sampled_from([1e-3, 1.0, 1e3]),
+    others=integers(0, 2),
+    workers=integers(1, 3),
+)
+def test_the_update_is_clipping_and_descent(sizes: tuple[int, ...], scale: float, others: int, workers: int) -> None:
     torch.manual_seed(0)
     gradients = [torch.randn(size) * scale for size in sizes]
     parameters = [torch.randn(size) for size in sizes]
-    expected = torch.cat(gradients).double().norm()
-    torch.testing.assert_close(torch.ops.unrolled.global_norm(gradients), expected, rtol=1e-6, atol=0)
-    after = [parameter - 0.1 * gradient for parameter, gradient in zip(parameters, gradients, strict=True)]
-    torch.ops.unrolled.descend(parameters, gradients, 0.1)
+    more = [torch.randn(7, 3) for _ in range(others)]
+    expected = torch.cat([tensor.flatten() for tensor in gradients + more]).double().norm()
+    factor = 0.1 * min(1.0, 5.0 / expected.item())
+    after = [parameter - factor * gradient for parameter, gradient in zip(parameters, gradients, strict=True)]
+    with threads(workers):
+        norm = torch.ops.unrolled.clip_and_descend(parameters, gradients, more, 5.0, 0.1)
+    torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
     for one, other in zip(parameters, after, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(value: float) -> None:
+    parameters, gradients = [torch.ones(9000), torch.ones(3)], [torch.ones(9000), torch.tensor([1.0, value, 1.0])]
+    assert not torch.ops.unrolled.clip_and_descend(parameters, gradients, [], 5.0, 0.1).isfinite()
+    assert all((parameter == 1).all() for parameter in parameters)
 
 
 @settings(max_examples=40)
@@ -219,7 +235,8 @@ def test_a_packed_model_reads_as_the_model_does(
     torch.manual_seed(0)
     model = LanguageModel(vocab_size, embedding_size, sizes, kind[0], init_scale=0.3, **kind[1]).eval()
     states = model.initial_state(batch)
-    stream = Stream(model, states, narrow)
+    with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+        stream = Stream(model, states)
     with threads(workers), torch.no_grad():
         for _ in range(5):
             ids = torch.randint(vocab_size, (batch,))
@@ -267,8 +284,7 @@ def test_the_operators_keep_to_pytorchs_rules() -> None:
         (names.recurrent, (ids, leaf(4, 7), None, leaf(7, 5), leaf(7, 7), leaf(7), 2, False)),
         (names.decoder_nll, (leaf(6, 7), leaf(11, 7), leaf(11), torch.randint(11, (6,)), False, True)),
         (names.dropout, (leaf(3, 4), 0.5, 7)),
-        (names.global_norm, ([torch.randn(3), torch.randn(2, 2)],)),
-        (names.descend, ([torch.randn(3), torch.randn(2, 2)], [torch.randn(3), torch.randn(2, 2)], 0.1)),
+        (names.clip_and_descend, ([torch.randn(3)], [torch.randn(3)], [torch.randn(2, 2)], 5.0, 0.1)),
         (names.largest, (torch.randn(20), 3)),
         (names.step, (packed, torch.tensor([3, 4]), torch.zeros(2 * 7 * 2), 30)),
         (names.likeliest, (packed, torch.tensor([3]), torch.zeros(7 * 2), 5)),

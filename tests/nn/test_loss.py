@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis.strategies import floats, integers
+from torch import nn
 
-from unrolled.nn.loss import bits_per, loss, loss_plain, perplexity
+from unrolled.kernels import build
+from unrolled.nn.loss import bits_per, decoder_loss, loss, loss_plain, perplexity
 
 
 @given(T=integers(1, 9), B=integers(1, 7), V=integers(1, 50), scale=floats(0.01, 1e4))
@@ -23,6 +25,21 @@ def test_the_loss_is_the_plain_one(T: int, B: int, V: int, scale: float) -> None
         results.append((nll_nats, gradient))
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_very_many_logits_are_made_in_parts(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    hidden, decoder, targets = torch.randn(5, 3, 7, requires_grad=True), nn.Linear(7, 300), torch.randint(300, (5, 3))
+    results = []
+    with build.switched_off(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        for most in (1 << 27, 1000):
+            monkeypatch.setattr("unrolled.nn.loss._MOST_LOGITS", most)
+            nll, count = decoder_loss(hidden, decoder, targets)
+            results.append([nll, *torch.autograd.grad(nll, [hidden, *decoder.parameters()])])
+            assert count == 15
+    for whole, parts in zip(*results, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-2 if bf16 else 1e-5, atol=1e-2 if bf16 else 1e-6)
 
 
 def test_logits_of_ten_thousand_are_no_overflow() -> None:

@@ -15,6 +15,27 @@ def test_ptb_small_has_as_many_parameters_as_its_reference() -> None:
     assert LanguageModel(10_000, 200, [200, 200]).num_parameters() == 4_651_600
 
 
+def test_tied_weights_are_one_matrix_that_learns_from_both_its_uses() -> None:
+    tied, apart = LanguageModel(300, 8, [12, 8], tie_weights=True), LanguageModel(300, 8, [12, 8])
+    assert tied.num_parameters() == apart.num_parameters() - 300 * 8
+    apart.load_state_dict(tied.state_dict())
+    ids = torch.randint(300, (6, 4))
+    for model in (tied, apart):
+        nll, _, _ = model.nll(ids[:-1], ids[1:], model.initial_state(4))
+        nll.backward()
+    assert isinstance(apart.embedding, nn.Embedding)
+    assert apart.embedding.weight.grad is not None
+    assert apart.decoder.weight.grad is not None
+    torch.testing.assert_close(tied.decoder.weight.grad, apart.embedding.weight.grad + apart.decoder.weight.grad)
+
+
+def test_biases_are_zero_unless_drawn() -> None:
+    for scale in (0.0, 0.3):
+        model = LanguageModel(500, 8, [64], init_bias_scale=scale)
+        for bias in (model.decoder.bias, model.layers[0].bias_ih):
+            assert 0.9 * scale <= bias.abs().max().item() <= scale
+
+
 def test_layers_may_differ_in_size() -> None:
     model = LanguageModel(10_000, 200, [256, 128])
     assert model.num_parameters() == 3_955_088

@@ -197,9 +197,10 @@ def same(one: Path, other: Path) -> None:
     assert records[0] == records[1]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_stopped_training_goes_on_to_where_the_unbroken_one_ends(tmp_path: Path, optimizer: str) -> None:
-    changes = SMALL | {"training.optimizer": optimizer, "model.dropout": 0.2}
+@pytest.mark.parametrize(("optimizer", "tied"), [("sgd", False), ("sgd", True), ("adamw", False), ("adamw", True)])
+def test_a_stopped_training_goes_on_to_where_the_unbroken_one_ends(tmp_path: Path, optimizer: str, tied: bool) -> None:
+    changes = SMALL | {"training.optimizer": optimizer, "model.dropout": 0.2, "model.tie_weights": tied}
+    changes |= {"model.embedding_size": 16} if tied else {}
     unrolled.train("demo", data="toy", out=tmp_path / "unbroken", changes=changes)
 
     def stop_at(step: int):

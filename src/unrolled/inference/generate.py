@@ -35,7 +35,8 @@ def read_prefix(model: LanguageModel, tokenizer: Tokenizer, text: str) -> tuple[
     for window in windows:
         _, state = model.hidden(window, state)
     outputs, state = model.hidden(last, state)
-    return model.decoder(outputs[-1, 0]).float().log_softmax(-1), state
+    with torch.autocast(model.device.type, enabled=False):
+        return model.decoder(outputs[-1, 0].float()).log_softmax(-1), state
 
 
 @torch.inference_mode()
@@ -109,7 +110,8 @@ def generate(
         raise UnrolledError("--random-start and a prompt exclude each other")
     source = torch.Generator().manual_seed(new_seed() if seed is None else seed)
     log_probs, state = (None, model.initial_state(1)) if random_start else read_prefix(model, tokenizer, prompt)
-    return _drawn(model, tokenizer, prompt, log_probs, state, length, temperature, top_k, top_p, source, unknown)
+    stream = Stream(model, state)
+    return _drawn(stream, tokenizer, prompt, log_probs, length, temperature, top_k, top_p, source, unknown)
 
 
 def sample(model: LanguageModel, tokenizer: Tokenizer, length: int, seed: int) -> str:
@@ -128,11 +130,10 @@ def new_seed() -> int:
 
 
 def _drawn(
-    model: LanguageModel,
+    stream: Stream,
     tokenizer: Tokenizer,
     prompt: str,
     log_probs: Tensor | None,
-    state: LayerStates,
     length: int,
     temperature: float,
     top_k: int,
@@ -143,7 +144,6 @@ def _drawn(
     write = tokenizer.decoder()
     for id in tokenizer.encode(prompt).tolist():  # so that the text goes on where the prompt ends
         write(id)
-    stream = Stream(model, state)
     for _ in range(length):
         allowed = torch.zeros(len(tokenizer)) if log_probs is None else log_probs.cpu().clone()
         if not unknown and tokenizer.unknown_id is not None:
@@ -153,7 +153,7 @@ def _drawn(
         else:
             id = draw(allowed, source, temperature, top_k, top_p)
         yield write(id)
-        log_probs = stream.read(torch.tensor([id], device=model.device))[0]
+        log_probs = stream.read(torch.tensor([id], device=stream.model.device))[0]
 
 
 def draw(log_probs: Tensor, source: torch.Generator, temperature: float, top_k: int, top_p: float) -> int:

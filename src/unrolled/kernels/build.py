@@ -173,8 +173,7 @@ SIGNATURES = {
     "recurrent_backward": "iiiqqqq" + "p" * 17,
     "decoder_forward": "iiqqq" + "p" * 8,
     "decoder_backward": "iiqqq" + "p" * 11,
-    "square_of_norm": "iippp",
-    "descend": "iipppf",
+    "clip_and_descend": "iiipppddp",
     "dropout": "iqqfqpp",
     "layer_size": "iiiqqp",
     "lay_out_layer": "iiiqq" + "p" * 6,
@@ -183,7 +182,7 @@ SIGNATURES = {
     "largest_of": "qqppp",
     "likeliest_of_model": "pippqqpp",
 }
-_TYPES = {"i": ctypes.c_int, "q": ctypes.c_int64, "p": ctypes.c_void_p, "f": ctypes.c_float}
+_TYPES = {"i": ctypes.c_int, "q": ctypes.c_int64, "p": ctypes.c_void_p, "f": ctypes.c_float, "d": ctypes.c_double}
 
 
 _off = False

@@ -6,10 +6,12 @@ from typing import Any, TypeGuard, final
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from unrolled.kernels import ops
 
 _FEW_WORDS = 256
+_MOST_LOGITS = 1 << 27
 _MOST_APART = 60.0
 
 
@@ -36,7 +38,7 @@ def loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, int]:
 
 
 def decoder_loss(hidden: Tensor, decoder: nn.Module, targets: Tensor) -> tuple[Tensor, int]:
-    """The loss of what a decoder makes of the hidden layer; without the logits where kernels serve.
+    """The loss of what a decoder makes of the hidden layer; the kernels never hold all logits, nor for very many do we.
 
     Args:
         hidden: (T, B, H), or any shape that ends in H.
@@ -48,11 +50,22 @@ def decoder_loss(hidden: Tensor, decoder: nn.Module, targets: Tensor) -> tuple[T
     """
     if _kernel_pays(decoder):
         return token_nll(hidden, decoder, targets).sum(), targets.numel()
+    hidden, targets = hidden.flatten(0, -2), targets.flatten()
+    parts = math.ceil(len(targets) * getattr(decoder, "out_features", 0) / _MOST_LOGITS)
+    if parts <= 1:
+        return _loss_at_once(hidden, decoder, targets), len(targets)
+    sums = [  # the backward pass makes the logits of each part again
+        checkpoint(_loss_at_once, some, decoder, following, use_reentrant=False, preserve_rng_state=False)
+        for some, following in zip(hidden.tensor_split(parts), targets.tensor_split(parts), strict=True)
+    ]
+    return torch.stack(sums).sum(), len(targets)
+
+
+def _loss_at_once(hidden: Tensor, decoder: nn.Module, targets: Tensor) -> Tensor:
     if _is_large(decoder) and torch.is_autocast_enabled(hidden.device.type):
-        nll = _NarrowDecoder.apply(hidden.flatten(0, -2), decoder.weight, decoder.bias, targets.flatten())
-        return nll.sum(), targets.numel()
+        return _NarrowDecoder.apply(hidden, decoder.weight, decoder.bias, targets).sum()
     with torch.autocast(hidden.device.type, enabled=False):
-        return loss(decoder(hidden), targets)
+        return loss(decoder(hidden.float()), targets)[0]
 
 
 def _kernel_pays(decoder: nn.Module) -> TypeGuard[nn.Linear]:
@@ -72,7 +85,8 @@ def token_nll_plain(hidden: Tensor, decoder: nn.Module, targets: Tensor) -> Tens
 def token_nll(hidden: Tensor, decoder: nn.Module, targets: Tensor) -> Tensor:
     """Each target's negative log-likelihood in nats, in the shape of `targets`; the arguments are `decoder_loss`'s."""
     if not _kernel_pays(decoder):
-        return token_nll_plain(hidden, decoder, targets)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return token_nll_plain(hidden.float(), decoder, targets)
     narrow, keep = torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()
     nll, *_ = torch.ops.unrolled.decoder_nll(
         hidden.flatten(0, -2), decoder.weight, decoder.bias, targets.flatten(), narrow, keep

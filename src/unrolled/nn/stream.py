@@ -15,15 +15,15 @@ class Stream:
     """Reads a token of each of B texts at a time, and says how probable every token is to follow.
 
     Where kernels serve, the weights are laid out once when the stream is made and read from end to end for every token;
-    else each token goes through the model. The weights must not change meanwhile.
+    else each token goes through the model. The weights must not change meanwhile. Made within `torch.autocast`, it reads
+    bf16 weights.
 
     Args:
         model: in evaluation mode.
         states: of B texts, from `model.initial_state(B)` or after what was read so far.
-        narrow: bf16 weights, where kernels serve.
     """
 
-    def __init__(self, model: LanguageModel, states: LayerStates, narrow: bool = False) -> None:
+    def __init__(self, model: LanguageModel, states: LayerStates) -> None:
         self.model = model
         self._states = states
         self._packed: Tensor | None = None
@@ -35,6 +35,7 @@ class Stream:
             and isinstance(decoder, nn.Linear)
         ):
             embedding = model.embedding.weight if isinstance(model.embedding, nn.Embedding) else None
+            narrow = torch.is_autocast_enabled("cpu")
             self._packed = ops.pack(layers, embedding, decoder.weight, decoder.bias, narrow)
             self._state = torch.cat([tensor.flatten() for state in states for tensor in state])
 
@@ -46,12 +47,11 @@ class Stream:
         logits, normaliser = torch.ops.unrolled.step(self._packed, ids, self._state, self.model.vocab_size)
         return logits[:, : self.model.vocab_size] - normaliser.unsqueeze(-1)
 
-    @torch.inference_mode()
     def likeliest(self, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """ids (1,) -> the k largest log-probabilities of what follows, falling, and the ids that have them."""
         if self._packed is None:
             return self._read_plain(ids)[0].topk(k)
-        return torch.ops.unrolled.likeliest(self._packed, ids, self._state, k)
+        return ops.likeliest(self._packed, ids, self._state, k)
 
     def _read_plain(self, ids: Tensor) -> Tensor:
         """The oracle of `read`."""

@@ -43,14 +43,15 @@ def unroll_projected(cell: Cell, inputs: Tensor, state: State) -> tuple[Tensor, 
 
 
 def unroll_fused(cell: Cell, inputs: Tensor, state: State) -> tuple[Tensor, State]:
-    """The same through the kernels behind `torch.nn.LSTM` and `torch.nn.GRU`: oneDNN on the CPU, cuDNN on a GPU.
+    """The same through what is behind `torch.nn.LSTM`, `GRU` and `RNN`: oneDNN or ATen on the CPU, cuDNN on a GPU.
 
     Raises:
         TypeError: PyTorch has no fused layer for this cell, or not over ids.
     """
     if not inputs.is_floating_point():
         raise TypeError("PyTorch's fused layers take vectors, not ids")
-    bias_hh = torch.zeros_like(cell.bias_ih)  # PyTorch's layers want a second bias; ours have one
+    bias_hh = getattr(cell, "bias_hh", None)  # PyTorch's layers want a second bias; most of ours have one
+    bias_hh = torch.zeros_like(cell.bias_ih) if bias_hh is None else bias_hh
     weights = [cell.weight_ih, cell.weight_hh, cell.bias_ih, bias_hh]
     options = (True, 1, 0.0, cell.training, False, False)  # biases, layers, dropout, train, bidirectional, batch first
     if isinstance(cell, LSTM):
@@ -58,6 +59,10 @@ def unroll_fused(cell: Cell, inputs: Tensor, state: State) -> tuple[Tensor, Stat
         return outputs, (h.squeeze(0), c.squeeze(0))
     if isinstance(cell, GRU):
         outputs, h = torch.gru(inputs, state[0].unsqueeze(0), weights, *options)
+        return outputs, (h.squeeze(0),)
+    if isinstance(cell, Elman):
+        layer = torch.rnn_relu if cell.activation is torch.relu else torch.rnn_tanh
+        outputs, h = layer(inputs, state[0].unsqueeze(0), weights, *options)
         return outputs, (h.squeeze(0),)
     raise TypeError(f"PyTorch has no fused layer for {type(cell).__name__}")
 
@@ -92,7 +97,8 @@ def kernel_layer(cell: Cell) -> ops.Layer | None:
 
 def unroll(cell: Cell, inputs: Tensor, state: State) -> tuple[Tensor, State]:
     """The fastest way there is for this cell. inputs (T, B, E) or ids (T, B) -> outputs (T, B, H), the last state."""
-    if isinstance(cell, LSTM | GRU | Elman) and ops.serves(cell.weight_hh):
+    known = isinstance(cell, LSTM | GRU | Elman)
+    if known and ops.serves(cell.weight_hh):
         return unroll_native(cell, inputs, state)
-    fused = isinstance(cell, LSTM | GRU) and inputs.is_floating_point()
-    return (unroll_fused if fused else unroll_projected)(cell, inputs, state)
+    outputs, after = (unroll_fused if known and inputs.is_floating_point() else unroll_projected)(cell, inputs, state)
+    return outputs, tuple(part.to(was.dtype) for part, was in zip(after, state, strict=True))  # what is carried is f32

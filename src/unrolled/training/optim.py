@@ -14,10 +14,11 @@ from unrolled.recipe import Training
 def make_optimizer(model: LanguageModel, training: Training) -> torch.optim.Optimizer:
     """The recipe's optimiser, PyTorch's own; the loop sets its rate before every step.
 
-    Under SGD the embedding's gradient is sparse: only the rows of a window's tokens change.
+    Under SGD the embedding's gradient is sparse, unless it is the decoder's too: only the rows of a window's tokens
+    change.
     """
     if training.optimizer == "sgd":
-        if isinstance(model.embedding, nn.Embedding):
+        if isinstance(model.embedding, nn.Embedding) and not model.has_tied_weights:
             model.embedding.sparse = True
         return torch.optim.SGD(model.parameters(), lr=training.learning_rate)
     return torch.optim.AdamW(
@@ -85,14 +86,13 @@ def _descend(parameters: list[nn.Parameter], rate: float, max_norm: float) -> fl
     pairs = _gradients(parameters)
     dense = [(parameter, gradient) for parameter, gradient in pairs if not gradient.is_sparse]
     sparse = [(parameter, gradient) for parameter, gradient in pairs if gradient.is_sparse]
-    gradients = [gradient for _, gradient in dense]
-    norm = torch.ops.unrolled.global_norm([*gradients, *(gradient.values() for _, gradient in sparse)]).item()
-    if not math.isfinite(norm):
-        return norm
-    rate *= max_norm / max(norm, max_norm)
-    torch.ops.unrolled.descend([parameter for parameter, _ in dense], gradients, rate)
-    for parameter, gradient in sparse:
-        parameter.index_add_(0, gradient.indices()[0], gradient.values(), alpha=-rate)
+    parameters, gradients = [parameter for parameter, _ in dense], [gradient for _, gradient in dense]
+    others = [gradient.values() for _, gradient in sparse]
+    norm = torch.ops.unrolled.clip_and_descend(parameters, gradients, others, max_norm, rate).item()
+    if math.isfinite(norm):
+        rate *= max_norm / max(norm, max_norm)
+        for parameter, gradient in sparse:
+            parameter.index_add_(0, gradient.indices()[0], gradient.values(), alpha=-rate)
     return norm
 
 

@@ -1,4 +1,4 @@
-// What is done to every parameter at every step: the gradients' norm, the clipped update; and dropout.
+// What is done to every parameter at every step: the update, clipped by the gradients' global norm.
 #include <cmath>
 #if defined(__GLIBC__)
 #include <malloc.h>
@@ -12,36 +12,47 @@
 
 constexpr int64_t GRAIN = 4096;
 
-// The square of the global norm, over gradients[i] of sizes[i]; stretches in f32, their sums in f64.
-static double square(int threads, int count, const float* const* gradients, const int64_t* sizes) {
-    double parts[64] = {};
-    together(std::min(threads, 64), [&](Member me) {
-        double whole = 0;
-        for (int i = 0; i < count; ++i) {
-            const Share mine = me.share(sizes[i], GRAIN);
-            for (int64_t from = mine.begin; from < mine.end; from += 256) {
-                const int64_t to = std::min(mine.end, from + 256);
-                Vec stretch{};
-                int64_t j = from;
-                for (; j + LANES <= to; j += LANES) {
-                    Vec x = load(gradients[i] + j);
-                    stretch = stretch + x * x;
-                }
-                float rest = sum(stretch);
-                for (; j < to; ++j) rest += gradients[i][j] * gradients[i][j];
-                whole += rest;
-            }
-        }
-        parts[me.thread] = whole;
-    });
+// The sum of squares of a stretch; blocks in f32, their sums in f64.
+static double squares(const float* x, Share mine) {
     double whole = 0;
-    for (double part : parts) whole += part;
+    for (int64_t from = mine.begin; from < mine.end; from += 256) {
+        const int64_t to = std::min(mine.end, from + 256);
+        Vec block{};
+        int64_t j = from;
+        for (; j + LANES <= to; j += LANES) block = block + load(x + j) * load(x + j);
+        float rest = sum(block);
+        for (; j < to; ++j) rest += x[j] * x[j];
+        whole += rest;
+    }
     return whole;
 }
 
-extern "C" int square_of_norm(
-    int threads, int count, const float* const* gradients, const int64_t* sizes, double* result) {
-    *result = square(threads, count, gradients, sizes);
+// w -= rate * g
+static void descend(float* w, const float* g, Share mine, float rate) {
+    int64_t j = mine.begin;
+    for (; j + LANES <= mine.end; j += LANES) store(w + j, load(w + j) - rate * load(g + j));
+    for (; j < mine.end; ++j) w[j] -= rate * g[j];
+}
+
+// The gradients' global norm, that of `others` too; and where it is finite, parameters -= rate * gradients, the rate times
+// max_norm / norm where the norm is larger. A thread descends where it summed, from the end back: what it read last is
+// still in its cache.
+extern "C" int clip_and_descend(
+    int threads, int count, int others, float* const* parameters, const float* const* gradients, const int64_t* sizes,
+    double max_norm, double rate, double* norm) {
+    threads = std::min(threads, 64);
+    double parts[64] = {};
+    together(threads, [&](Member me) {
+        for (int i = 0; i < count + others; ++i) parts[me.thread] += squares(gradients[i], me.share(sizes[i], GRAIN));
+        me.wait();
+        double square = 0;
+        for (int i = 0; i < me.threads; ++i) square += parts[i];
+        const double whole = std::sqrt(square);
+        if (me.thread == 0) *norm = whole;
+        if (!std::isfinite(whole)) return;
+        const float step = rate * (whole > max_norm ? max_norm / whole : 1.0);
+        for (int i = count; i-- > 0;) descend(parameters[i], gradients[i], me.share(sizes[i], GRAIN), step);
+    });
     return 0;
 }
 
@@ -58,20 +69,4 @@ extern "C" int prepare() {
 #else
     return 0;
 #endif
-}
-
-// parameters -= rate * gradients
-extern "C" int descend(
-    int threads, int count, float* const* parameters, const float* const* gradients, const int64_t* sizes, float rate) {
-    together(threads, [&](Member me) {
-        for (int i = 0; i < count; ++i) {
-            const Share mine = me.share(sizes[i], GRAIN);
-            int64_t j = mine.begin;
-            float* w = parameters[i];
-            const float* g = gradients[i];
-            for (; j + LANES <= mine.end; j += LANES) store(w + j, load(w + j) - rate * load(g + j));
-            for (; j < mine.end; ++j) w[j] -= rate * g[j];
-        }
-    });
-    return 0;
 }

@@ -35,7 +35,10 @@ CASES: list[tuple[str, list[int]]] = [
     ("threads", [1, 2]),
     ("corpus_words", [MILLION, 10 * MILLION, 100 * MILLION]),
 ]
-SUBJECTS = {"unrolled bf16": lambda case: ours("train", case, "bf16"), "torch f32": lambda case: plain("train", case, "f32")}
+SUBJECTS = {
+    "unrolled bf16": lambda case: ours("train", case, "bf16"),
+    "torch f32": lambda case: plain("train", case, "f32"),
+}
 
 
 def zipf(count: int, vocab_size: int) -> np.ndarray:
@@ -101,7 +104,9 @@ def main() -> None:
                 for subject in SUBJECTS:
                     corpus = str(text) if grows == "corpus_words" else None
                     with multiprocessing.get_context("spawn").Pool(1) as pool:
-                        print(json.dumps(pool.apply(measure, (subject, grows, size, corpus, options.seconds))), flush=True)
+                        print(
+                            json.dumps(pool.apply(measure, (subject, grows, size, corpus, options.seconds))), flush=True
+                        )
 
 
 if __name__ == "__main__":

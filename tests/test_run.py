@@ -65,7 +65,9 @@ def test_in_bf16_the_answers_are_nearly_the_same(toy_run: Run, character_run: Ru
             assert (exact["precision"], near["precision"]) == ("f32", "bf16")
             assert near["perplexity"] == pytest.approx(exact["perplexity"], rel=0.01)
             assert rounded.score("the").log_prob == pytest.approx(run.score("the").log_prob, rel=0.02)
-            for (word, value), (other, nearly) in zip(run.predict("the").words, rounded.predict("the").words, strict=True):
+            for (word, value), (other, nearly) in zip(
+                run.predict("the").words, rounded.predict("the").words, strict=True
+            ):
                 assert nearly == pytest.approx(value, rel=0.05, abs=0.005) or word != other
             assert rounded.generate("the", length=20, temperature=0.0)
     with pytest.raises(UnrolledError, match="no precision 'f16'; it is f32 or bf16"):

@@ -30,7 +30,11 @@ def parameters():
         for e, h in zip(sizes, sizes[1:])
     ]
     decoder = {"w": drawn(next(keys), sizes[-1], vocab_size), "b": jnp.zeros(vocab_size)}
-    return {"embedding": [] if one_hot else drawn(next(keys), vocab_size, sizes[0]), "layers": layers, "decoder": decoder}
+    return {
+        "embedding": [] if one_hot else drawn(next(keys), vocab_size, sizes[0]),
+        "layers": layers,
+        "decoder": decoder,
+    }
 
 
 def dropped(x, key):

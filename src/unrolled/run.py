@@ -17,6 +17,7 @@ from unrolled.errors import UnrolledError
 from unrolled.files import sha256_of
 from unrolled.folder import check_files, read_manifest, read_tensors
 from unrolled.inference.evaluate import Evaluation, evaluate_exact, evaluate_paper
+from unrolled.kernels import build
 from unrolled.nn.cells import CELLS
 from unrolled.nn.loss import bits_per
 from unrolled.nn.model import LanguageModel
@@ -242,6 +243,7 @@ def build_model(model: Model, vocab_size: int) -> LanguageModel:
         UnrolledError: it does not fit in memory.
     """
     refuse_what_cannot_fit(4 * num_parameters(model, vocab_size))
+    build.library()  # has the memory in large pages from then on, where the weights should lie
     return _network(model, vocab_size)
 
 

@@ -194,6 +194,8 @@ template <> struct Pair<bf16> {
 constexpr int PARTS = PANEL / LANES;                                 // vectors across a panel
 constexpr int TILE_ROWS = LANES == 16 ? 8 : LANES == 8 ? 6 : 4;      // what the registers hold
 constexpr int TILE_PANELS = LANES == 16 ? 3 : 1;
+constexpr int LONG_ROW = LANES == 16 ? 6 : LANES == 8 ? 4 : 2;  // panels of a single row, whose weights come from memory
+constexpr int FEW_ROWS = 4;                    // too few for the matrix unit
 
 template <class T, int ROWS, int WIDTH>
 static void multiply_tile(int64_t k, const T* a, int64_t lda, const T* b, int64_t panel, float* c, int64_t ldc, bool add) {
@@ -326,9 +328,10 @@ template <class T>
 static void multiply(
     Tiles& tiles, int64_t m, int64_t n_panels, int64_t k, const T* a, int64_t lda, const T* b, int64_t panel, float* c,
     int64_t ldc, bool add) {
-    int64_t depth = padded<T>(k), j = 0;
+    int64_t depth = round_up(k, GROUP<T>), j = 0;
 #if defined(__AMX_BF16__)
-    if constexpr (GROUP<T> == 2) {
+    if constexpr (GROUP<T> == 2) if (m > FEW_ROWS) {
+        depth = padded<T>(k);
         tiles.set(m);
         for (; j + 2 <= n_panels; j += 2)
             multiply_column_of_tiles<2>(m, depth, a, lda, b + j * panel, panel, c + j * PANEL, ldc, add, tiles.rows);
@@ -337,6 +340,9 @@ static void multiply(
         return;
     }
 #endif
+    if (m == 1)
+        for (; j + LONG_ROW <= n_panels; j += LONG_ROW)
+            multiply_tile<T, 1, LONG_ROW>(depth, a, lda, b + j * panel, panel, c + j * PANEL, ldc, add);
     for (; j + TILE_PANELS <= n_panels; j += TILE_PANELS)
         multiply_column<T, TILE_PANELS>(m, depth, a, lda, b + j * panel, panel, c + j * PANEL, ldc, add);
     for (; j < n_panels; ++j)

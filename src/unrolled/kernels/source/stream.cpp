@@ -21,7 +21,8 @@ template <class T> static int64_t depth(const Layer& layer) { return input_depth
 static thread_local Workspace workspace;
 
 constexpr int64_t AT_ONCE = 8;  // panels of the decoder
-// The decoder is read forth for one token and back for the next: what of it is still in the cache is then read first.
+// A small decoder is read forth for one token and back for the next: what of it is still in the cache is then read first.
+constexpr int64_t CACHED = 8 << 20;
 static thread_local bool back = false;
 
 template <class T, class Cell>
@@ -98,7 +99,8 @@ static void step(
     float* most = workspace.take<float>(threads * batch);
     float* sums = workspace.take<float>(threads * batch);
 
-    back = !back;
+    const int64_t weights = across * top_depth * static_cast<int64_t>(sizeof(T));
+    back = !back && weights < CACHED;
     together(threads, [&, reversed = back](Member me) {
         Tiles tiles;
         const Share mine = me.share(count);

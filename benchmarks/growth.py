@@ -1,8 +1,8 @@
 """How speed and memory grow: with hidden size, vocabulary, streams, threads and the corpus. JSON lines, one a case.
 
-Everything but what grows is `ptb-small`. Ours (bf16) and PyTorch's nn.LSTM (f32) train on the same ids, drawn as Zipf has
-them, each case in a process of its own, of which the speed and the most memory are reported. The corpus is a text file
-of a million words, ten and a hundred, trained on as `unrolled train` would, so its memory holds the reading too.
+Everything but what grows is `ptb-small`. Ours (bf16) and PyTorch's nn.LSTM (f32) train on the same ids, drawn as Zipf
+has them, each case in a process of its own, of which the speed and the most memory are reported. The corpus is a text
+file of a million words, ten and a hundred, trained on as `unrolled train` would, so its memory holds the reading too.
 
     python benchmarks/growth.py [--seconds 3] > docs/results/growth.jsonl
 """

@@ -1,10 +1,10 @@
 """A recipe's training against the same model on plain torch.nn.LSTM: the same first values, text and rate, no dropout.
 
 Both take the same steps, in f32; PyTorch's own cross-entropy, clipping and SGD stand on the other side. The figures are
-the perplexity of the steps so far by either and how far they are apart. Where a training is chaotic at first, as that of
-`ptb-large` is without its dropout, the rounding of the last digit decides after some twenty steps how it goes on; with
---locked the other side begins every step with our values, so that each step is compared by itself: its loss, and the
-change that it makes to the parameters.
+the perplexity of the steps so far by either and how far they are apart. Where a training is chaotic at first, as that
+of `ptb-large` is without its dropout, the rounding of the last digit decides after some twenty steps how it goes on;
+with --locked the other side begins every step with our values, so that each step is compared by itself: its loss, and
+the change that it makes to the parameters.
 
     python benchmarks/parity.py [RECIPE] [--steps N] [--locked]        (an epoch when left out)
 """
@@ -123,9 +123,9 @@ def main() -> None:
     changes: list[float] = []
     seconds = [0.0, 0.0]
     for _ in range(steps):
+        before = [parameter.detach().clone() for parameter in model.parameters()] if options.locked else []
         if options.locked:
             theirs.take(model, ours.states)
-            before = [parameter.detach().clone() for parameter in model.parameters()]
         begun = time.perf_counter()
         mine = ours.step()
         half = time.perf_counter()

@@ -1,8 +1,9 @@
-"""A recipe's training in JAX: lax.scan over time, jit over the step. A subject of `unrolled bench`; see `make peers`."""
+"""A recipe's training in JAX: lax.scan over time, jit over the step. A subject of `unrolled bench`."""
 
 import json
 import sys
 from functools import partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ def parameters():
     keys = iter(jax.random.split(jax.random.key(1), 2 + 2 * len(sizes)))
     layers = [
         {"ih": drawn(next(keys), e, gates * h), "hh": drawn(next(keys), h, gates * h), "b": jnp.zeros(gates * h)}
-        for e, h in zip(sizes, sizes[1:])
+        for e, h in pairwise(sizes)
     ]
     decoder = {"w": drawn(next(keys), sizes[-1], vocab_size), "b": jnp.zeros(vocab_size)}
     return {
@@ -58,7 +59,7 @@ def loss(params, states, inputs, targets, key):
     x, after = inputs, []
     if not one_hot:
         x = dropped(params["embedding"][inputs], keys[0])
-    for number, (layer, state) in enumerate(zip(params["layers"], states)):
+    for number, (layer, state) in enumerate(zip(params["layers"], states, strict=True)):
         projected = (layer["ih"][x] if one_hot and number == 0 else x @ layer["ih"]) + layer["b"]
         state, x = lax.scan(partial(layer_step, layer["hh"]), state, projected)
         x = dropped(x, keys[number + 1])

@@ -1,13 +1,13 @@
-"""A recipe's training in Keras 3 on TensorFlow: unrolled layers, tf.function with XLA. A subject of `unrolled bench`."""
+"""A recipe's training in Keras 3 on TensorFlow: unrolled layers, tf.function, XLA. A subject of `unrolled bench`."""
 
 import json
 import os
 import sys
 
 os.environ["KERAS_BACKEND"], os.environ["TF_CPP_MIN_LOG_LEVEL"] = "tensorflow", "3"
-import keras
-import numpy as np
-import tensorflow as tf
+import keras  # noqa: E402
+import numpy as np  # noqa: E402
+import tensorflow as tf  # noqa: E402
 
 work = json.loads(sys.argv[1])
 model, training = work["recipe"]["model"], work["recipe"]["training"]
@@ -15,7 +15,8 @@ ids, vocab_size = np.load(work["ids"]), work["vocab_size"]
 batch_size, num_steps = training["batch_size"], training["num_steps"]
 one_hot, lstm = model["embedding_size"] == 0, model["cell"] == "lstm"
 uniform = keras.initializers.RandomUniform(-model["init_scale"], model["init_scale"])
-options = dict(kernel_initializer=uniform, recurrent_initializer=uniform, return_sequences=True, return_state=True)
+options = {"kernel_initializer": uniform, "recurrent_initializer": uniform}
+options |= {"return_sequences": True, "return_state": True}
 make = keras.layers.LSTM if lstm else keras.layers.SimpleRNN
 options |= {"unit_forget_bias": False} if lstm else {"activation": model["activation"]}
 layers = [make(size, unroll=True, **options) for size in model["hidden_sizes"]]
@@ -27,7 +28,7 @@ decoder = keras.layers.Dense(vocab_size, kernel_initializer=uniform)
 def forward(inputs, states):
     x = tf.one_hot(inputs, vocab_size) if one_hot else dropout(embedding(inputs), training=True)
     after = []
-    for layer, state in zip(layers, states):
+    for layer, state in zip(layers, states, strict=True):
         x, *state = layer(x, initial_state=state)
         x = dropout(x, training=True)
         after.append(state)
@@ -43,7 +44,7 @@ def step(inputs, targets, states):
         cost = nll / batch_size
     gradients = tape.gradient(cost, [v.value for v in variables])
     gradients, _ = tf.clip_by_global_norm(gradients, training["max_grad_norm"])
-    for variable, gradient in zip(variables, gradients):
+    for variable, gradient in zip(variables, gradients, strict=True):
         variable.value.assign_sub(training["learning_rate"] * tf.convert_to_tensor(gradient))
     return cost, states
 

@@ -245,7 +245,8 @@ def peer(command: str, case: Case) -> Work:
         [*shlex.split(command), json.dumps(work)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     stdin, stdout = process.stdin, process.stdout
-    assert stdin and stdout
+    assert stdin is not None
+    assert stdout is not None
 
     def train(count: int) -> None:
         print(count, file=stdin, flush=True)

@@ -71,9 +71,7 @@ class Model(Section):
     tie_weights: bool = False
     """The decoder's matrix is the embedding, whose size is then that of the last layer."""
     init_scale: Annotated[float, Field(gt=0, le=1e6)] = 0.1
-    """Weights begin uniform between minus this and this."""
-    init_bias_scale: Annotated[float, Field(ge=0, le=1e6)] = 0.0
-    """Biases begin uniform between minus this and this; 0 for zero."""
+    """Weights begin uniform between minus this and this, biases at 0."""
     forget_bias: float = 0.0
     """Added to the LSTM's forget gate at the start; the references use none."""
     activation: Literal["tanh", "relu"] = "tanh"

@@ -255,7 +255,6 @@ def _network(model: Model, vocab_size: int) -> LanguageModel:
         cell=model.cell,
         dropout=model.dropout,
         init_scale=model.init_scale,
-        init_bias_scale=model.init_bias_scale,
         tie_weights=model.tie_weights,
         **{name: getattr(model, name) for name in CELLS[model.cell].options},
     )

@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inference": {"inference", "data", "nn"},
     "recipe": set(),
     "folder": {"recipe", "data", "kernels/build"},
-    "run": {"recipe", "data", "nn", "inference", "folder"},
+    "run": {"recipe", "data", "nn", "inference", "folder", "kernels/build"},
     "training": {
         "training",
         "recipe",

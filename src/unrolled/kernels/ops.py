@@ -317,7 +317,7 @@ _library.define(
 def _clip_and_descend(
     parameters: list[Tensor], gradients: list[Tensor], others: list[Tensor], max_norm: float, rate: float
 ) -> Tensor:
-    """A step of SGD, clipped: parameters -= rate * min(1, max_norm / norm) * gradients; none where the norm is not finite.
+    """A clipped step of SGD: parameters -= rate * min(1, max_norm / norm) * gradients, where the norm is finite.
 
     Args:
         parameters: contiguous, changed in place.

@@ -19,14 +19,6 @@ Activation: TypeAlias = Literal["tanh", "relu"]
 _ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
 
 
-def reset_bias(bias: Tensor, scale: float) -> None:
-    """Uniform in [-scale, scale]; zero, without a draw from the generator, where the scale is 0."""
-    if scale:
-        nn.init.uniform_(bias, -scale, scale)
-    else:
-        nn.init.zeros_(bias)
-
-
 class Cell(nn.Module, ABC):
     """The contract: one step over B streams.
 
@@ -57,13 +49,13 @@ class Cell(nn.Module, ABC):
         self.bias_ih = nn.Parameter(torch.empty(self.gates * hidden_size))
         self.reset_parameters(hidden_size**-0.5)
 
-    def reset_parameters(self, init_scale: float, init_bias_scale: float = 0.0) -> None:
-        """Weights uniform in [-init_scale, init_scale], biases in [-init_bias_scale, init_bias_scale]."""
+    def reset_parameters(self, init_scale: float) -> None:
+        """Weights uniform in [-init_scale, init_scale], biases zero."""
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.uniform_(parameter, -init_scale, init_scale)
             else:
-                reset_bias(parameter, init_bias_scale)
+                nn.init.zeros_(parameter)
 
     def initial_state(self, batch_size: int) -> State:
         """The zero state of `batch_size` streams, on the parameters' device."""
@@ -109,8 +101,8 @@ class LSTM(Cell):
         self.forget_bias = forget_bias
         super().__init__(input_size, hidden_size)
 
-    def reset_parameters(self, init_scale: float, init_bias_scale: float = 0.0) -> None:
-        super().reset_parameters(init_scale, init_bias_scale)
+    def reset_parameters(self, init_scale: float) -> None:
+        super().reset_parameters(init_scale)
         with torch.no_grad():
             self.bias_ih[self.hidden_size : 2 * self.hidden_size] += self.forget_bias
 

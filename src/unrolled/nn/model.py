@@ -8,7 +8,7 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor, nn
 
-from unrolled.nn.cells import CELLS, Cell, Jordan, reset_bias
+from unrolled.nn.cells import CELLS, Cell, Jordan
 from unrolled.nn.dropout import Dropout
 from unrolled.nn.loss import decoder_loss
 from unrolled.nn.unroll import LayerStates, Unroll, unroll
@@ -27,8 +27,7 @@ class LanguageModel(nn.Module):
         hidden_sizes: H of each of the L layers, from the bottom up.
         cell: a name in `CELLS`.
         dropout: the probability that a unit is dropped (1 - "keep probability").
-        init_scale: every weight begins uniform in [-init_scale, init_scale].
-        init_bias_scale: every bias begins uniform in [-init_bias_scale, init_bias_scale]; 0 for zero.
+        init_scale: every weight begins uniform in [-init_scale, init_scale], every bias at zero.
         tie_weights: the decoder's matrix is the embedding (Press & Wolf 2017, arXiv 1608.05859); E is then the top H.
         cell_options: what else the cell is made with, such as `forget_bias` or `activation`.
     """
@@ -41,7 +40,6 @@ class LanguageModel(nn.Module):
         cell: str = "lstm",
         dropout: float = 0.0,
         init_scale: float = 0.1,
-        init_bias_scale: float = 0.0,
         tie_weights: bool = False,
         **cell_options: Any,
     ) -> None:
@@ -56,21 +54,21 @@ class LanguageModel(nn.Module):
             self.decoder.weight = self.embedding.weight
         self.dropout = Dropout(dropout)
         self.unroll: Unroll = unroll
-        self.reset_parameters(init_scale, init_bias_scale)
+        self.reset_parameters(init_scale)
 
-    def reset_parameters(self, init_scale: float, init_bias_scale: float = 0.0) -> None:
-        """Draw the parameters anew, from torch's global generator.
+    def reset_parameters(self, init_scale: float) -> None:
+        """Draw the weights anew, from torch's global generator.
 
-        Biases begin at zero unless told otherwise (Zaremba et al. draw them too): the loss before training is then
-        ln V whatever the seed, which is worth more as a check than the noise of a few frequent words' biases.
+        Biases begin at zero (Zaremba et al. draw them too): the loss before training is then ln V whatever the seed,
+        which is worth more as a check than the noise of a few frequent words' biases.
         """
         if isinstance(self.embedding, nn.Embedding):
             nn.init.uniform_(self.embedding.weight, -init_scale, init_scale)
         if isinstance(self.decoder, nn.Linear):
             nn.init.uniform_(self.decoder.weight, -init_scale, init_scale)
-            reset_bias(self.decoder.bias, init_bias_scale)
+            nn.init.zeros_(self.decoder.bias)
         for cell in self.layers:
-            cell.reset_parameters(init_scale, init_bias_scale)
+            cell.reset_parameters(init_scale)
 
     @property
     def has_tied_weights(self) -> bool:

@@ -15,8 +15,8 @@ class Stream:
     """Reads a token of each of B texts at a time, and says how probable every token is to follow.
 
     Where kernels serve, the weights are laid out once when the stream is made and read from end to end for every token;
-    else each token goes through the model. The weights must not change meanwhile. Made within `torch.autocast`, it reads
-    bf16 weights.
+    else each token goes through the model. The weights must not change meanwhile. Made within `torch.autocast` it reads
+    them in bf16.
 
     Args:
         model: in evaluation mode.

@@ -11,7 +11,7 @@ import numpy as np
 
 from unrolled.cli import app
 from unrolled.data.batches import Windows
-from unrolled.folder import read_metrics
+from unrolled.metrics import read_metrics
 from unrolled.pictures import COLOURS, perplexity_chart, write_picture
 
 DOCS = Path(__file__).parent

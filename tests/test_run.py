@@ -33,6 +33,11 @@ def test_the_folder_holds_what_the_design_says(toy_run: Run) -> None:
         "manifest.json",
     }
     assert {path.name for path in toy_run.path.iterdir()} == names | {"last"}
+    assert {path.name for path in (toy_run.path / "last").iterdir()} == {
+        "resume.safetensors",
+        "previous.safetensors",
+        "copies",
+    }
     manifest = toy_run.manifest
     assert manifest["status"] == "done"
     assert manifest["hardware"]["cores"] == os.cpu_count()
@@ -111,7 +116,7 @@ def test_a_truncated_file_is_found_and_named(copy: Path, name: str) -> None:
 
 def test_weights_of_another_model_are_refused(copy: Path, character_run: Run) -> None:
     shutil.copy(character_run.path / "model.safetensors", copy)
-    with pytest.raises(UnrolledError, match=r"model\.safetensors does not fit the recipe beside it"):
+    with pytest.raises(UnrolledError, match=r"model\.safetensors is of another run"):
         unrolled.load(copy).model  # noqa: B018
 
 
@@ -123,7 +128,7 @@ def test_held_out_ids_of_another_run_are_refused(copy: Path, character_run: Run)
 
 def test_a_resume_point_of_another_run_is_refused(copy: Path, character_run: Run) -> None:
     shutil.copy(character_run.path / "last/resume.safetensors", copy / "last")
-    with pytest.raises(UnrolledError, match=r"resume\.safetensors does not fit the recipe of its run"):
+    with pytest.raises(UnrolledError, match=r"resume\.safetensors is of another run"):
         unrolled.train(None, out=copy, resume=True)
 
 

@@ -89,7 +89,7 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
 
 def print_json(answer: dict[str, Any]) -> None:
     """One object as one line; what is not finite is null."""
-    from unrolled.folder import finite
+    from unrolled.metrics import finite
 
     print(json.dumps(finite(answer), ensure_ascii=False, allow_nan=False), flush=True)
 

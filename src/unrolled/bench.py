@@ -249,7 +249,8 @@ def peer(command: str, case: Case) -> Work:
     assert stdout is not None
 
     def train(count: int) -> None:
-        print(count, file=stdin, flush=True)
+        stdin.write(f"{count}\n")
+        stdin.flush()
         if not stdout.readline():
             raise UnrolledError(f"{command} ended with status {process.wait()}")
 

@@ -411,6 +411,24 @@ def report(*runs: RunFolder, out: Path | None = None, words: int = 300) -> None:
 
 
 @app.command
+def repair(run: RunFolder, /, *, json: Json = False) -> int:
+    """Check every file of a run folder, and mend what can be: from copies, from the resume point before.
+
+    What is damaged is kept as NAME.damaged. Ends with status 1 where something is lost.
+    """
+    from unrolled.repair import as_dict
+    from unrolled.repair import repair as mend
+
+    findings = mend(run)
+    if json:
+        for finding in findings:
+            print_json(as_dict(finding))
+    else:
+        print_table(["file", "", ""], [[finding.file, finding.state, finding.remark] for finding in findings])
+    return int(any(finding.state == "lost" for finding in findings))
+
+
+@app.command
 def recipes(name: str | None = None, /, *, json: Json = False) -> None:
     """The shipped recipes, or one of them whole.
 

@@ -10,10 +10,11 @@ from typing import IO
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[IO[bytes]]:
+def written_whole(path: Path, previous: Path | None = None) -> Iterator[IO[bytes]]:
     """A binary file that takes the place of `path` when the block ends, and leaves no trace if it fails.
 
-    Written under a temporary name in the same folder, synced, renamed; then the folder is synced.
+    Written under a temporary name in the same folder, synced, renamed; then the folder is synced. What stood at `path`
+    becomes the file `previous`, where that is named.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -23,6 +24,8 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -30,9 +33,9 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
     _sync_folder(path.parent)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """`content` becomes the file `path`, whole or not at all."""
-    with written_whole(path) as file:
+def write_whole(path: Path, content: bytes, previous: Path | None = None) -> None:
+    """`content` becomes the file `path`, whole or not at all; what was there before, the file `previous`."""
+    with written_whole(path, previous) as file:
         file.write(content)
 
 

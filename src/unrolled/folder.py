@@ -6,36 +6,41 @@ model.safetensors      the weights with the best validation
 heldout.safetensors    the ids of valid and test, so that `evaluate` needs no corpus
 metrics.jsonl          a line for every logged step and every epoch
 manifest.json          provenance: versions, hardware, corpus and file hashes, time, results
-last/                  the exact resume point (training/resume.py)
+last/                  the exact resume point and the one before it (training/resume.py), and copies of the small files
 """
 
 import hashlib
 import json
-import math
 import os
 import platform
 import re
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from unrolled import __version__
 from unrolled.data.dataset import Dataset
 from unrolled.errors import UnrolledError
 from unrolled.files import sha256_of, write_whole
 from unrolled.kernels.build import in_use
+from unrolled.metrics import finite
 from unrolled.recipe import Recipe
 
 ALWAYS_CHECKED = ("recipe.toml", "tokenizer.json")
-_BEFORE_TRAINING = {*ALWAYS_CHECKED, "heldout.safetensors", "manifest.json", "last"}
+COPIED = (*ALWAYS_CHECKED, "heldout.safetensors", "manifest.json")
+"""What is kept twice, for `repair`."""
+_BEFORE_TRAINING = {*COPIED, "last", "copies"}
 FORMAT = 1
 """Raised when an older Unrolled could no longer read the folder."""
+REPAIR = "unrolled repair RUN says what can be done"
 
 
 def next_folder(name: str) -> Path:
@@ -63,21 +68,55 @@ def refuse_taken(path: Path) -> None:
         raise UnrolledError(f"{path} exists already; choose another --out, or go on with it: --resume --out {path}")
 
 
-def create(path: Path, recipe: Recipe, changes: dict[str, Any], dataset: Dataset) -> None:
-    """A new run folder, with all but weights. `changes` are what the user asked for beyond the recipe.
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Within it no other process trains into this folder; however a process ends, the system lets go of its lock.
+
+    Raises:
+        UnrolledError: another does.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        yield
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UnrolledError(f"another process is training into {path}; wait for its end, or stop it") from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
+def create(path: Path, recipe: Recipe, changes: dict[str, Any], dataset: Dataset, id: str) -> None:
+    """A new run folder, with all but weights.
+
+    Args:
+        path: where; its folder may be there.
+        recipe: what is trained.
+        changes: what the user asked for beyond the recipe.
+        dataset: its text.
+        id: what the run's files are known by.
 
     Raises:
         UnrolledError: there is something at `path` already.
     """
     refuse_taken(path)
     path.mkdir(parents=True, exist_ok=True)
-    write_whole(path / "recipe.toml", recipe.to_toml().encode())
-    write_whole(path / "tokenizer.json", dataset.tokenizer.to_json().encode())
+    _write_twice(path, "recipe.toml", recipe.to_toml().encode())
+    _write_twice(path, "tokenizer.json", dataset.tokenizer.to_json().encode())
     heldout = {split: torch.from_numpy(np.array(dataset.ids[split])) for split in ("valid", "test")}
-    write_tensors(path / "heldout.safetensors", heldout, {})
+    _write_twice(path, "heldout.safetensors", tensors_file(heldout, {"run": id}))
     files = (*ALWAYS_CHECKED, "heldout.safetensors")
     manifest = {
         "format": FORMAT,
+        "id": id,
         "status": "training",
         "recipe": recipe.name,
         "changes": changes,
@@ -109,7 +148,7 @@ def reopen(path: Path, recipe: Recipe, changes: dict[str, Any]) -> None:
     manifest.pop("results", None)
     manifest["files"].pop("recipe.toml")  # for a moment, lest a break between two writes look like damage
     write_manifest(path, manifest)
-    write_whole(path / "recipe.toml", recipe.to_toml().encode())
+    _write_twice(path, "recipe.toml", recipe.to_toml().encode())
     manifest["files"]["recipe.toml"] = sha256_of(path / "recipe.toml")
     write_manifest(path, manifest)
 
@@ -123,7 +162,12 @@ def check_files(path: Path, manifest: dict[str, Any]) -> None:
     for name in ALWAYS_CHECKED:
         expected = manifest["files"].get(name)
         if _hash_or_refuse(path / name) != expected and expected is not None:
-            raise UnrolledError(f"{path / name} is damaged or was changed: its SHA-256 is not the manifest's")
+            raise UnrolledError(f"{path / name} is damaged or was changed: its SHA-256 is not the manifest's; {REPAIR}")
+
+
+def _write_twice(path: Path, name: str, content: bytes) -> None:
+    write_whole(path / name, content)
+    write_whole(path / "last" / "copies" / name, content)
 
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
@@ -131,7 +175,7 @@ def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     content = finite(content)
     content["sha256"] = _sha256_of_json(content)
-    write_whole(path / "manifest.json", (json.dumps(content, indent=2) + "\n").encode())
+    _write_twice(path, "manifest.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -142,69 +186,100 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     if not path.is_dir():
         raise UnrolledError(f"no run folder {str(path)!r}")
-    file = path / "manifest.json"
-    if not file.is_file():
+    if not (path / "manifest.json").is_file():
         raise UnrolledError(f"{path} is not a run folder: it holds no manifest.json")
+    return read_manifest_file(path / "manifest.json")
+
+
+def read_manifest_file(file: Path) -> dict[str, Any]:
+    """A manifest by its own path.
+
+    Raises:
+        UnrolledError: it is damaged, or of a newer Unrolled.
+    """
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         expected = manifest.pop("sha256")
         newer = manifest["format"] > FORMAT
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UnrolledError(f"{file} is damaged") from error
+        raise UnrolledError(f"{file} is damaged; {REPAIR}") from error
     if newer:
-        raise UnrolledError(f"{path} was made by a newer Unrolled (format {manifest['format']}); upgrade this one")
+        raise UnrolledError(f"{file} was made by a newer Unrolled (format {manifest['format']}); upgrade this one")
     if _sha256_of_json(manifest) != expected:
-        raise UnrolledError(f"{file} is damaged or was changed: its hash does not fit")
+        raise UnrolledError(f"{file} is damaged or was changed: its hash does not fit; {REPAIR}")
+    try:
+        _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise UnrolledError(f"{file} is not one of ours: {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from error
     return manifest
 
 
-def append_metrics(path: Path, record: dict[str, Any]) -> None:
-    """One more line of `metrics.jsonl`."""
-    with (path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(finite(record)) + "\n")
+class _Part(BaseModel):
+    """Of a manifest: what must be there, and of what type. What else is there is left alone."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a run folder, or of its `metrics.jsonl` alone; lines that a crash damaged are left out."""
-    file = path / "metrics.jsonl" if path.is_dir() else path
-    records = []
-    for line in file.read_bytes().split(b"\n") if file.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return [record for record in records if _is_record(record)]
+class _Split(_Part):
+    tokens: int
+    unknown: int
+    sha256: str
 
 
-def _is_record(record: Any) -> bool:
-    if not isinstance(record, dict) or not all(isinstance(record.get(name), int) for name in ("step", "epoch")):
-        return False
-    figures = (value for name, value in record.items() if name not in ("sample", "valid_protocol"))
-    texts = (record.get(name, "") for name in ("sample", "valid_protocol"))
-    return all(isinstance(value, int | float | None) for value in figures) and all(isinstance(t, str) for t in texts)
+class _Corpus(_Part):
+    name: str
+    note: str
+    prepared: str
+    splits: dict[str, _Split]
 
 
-def finite(value: Any) -> Any:
-    """The same with None for what JSON has no number for: infinity, NaN."""
-    if isinstance(value, dict):
-        return {key: finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+class _Figures(_Part):
+    protocol: str
+    tokens: int
+    perplexity: float | None
+    bits_per_character: float | None
 
 
-def cut_metrics(path: Path, step: int, epoch: int) -> None:
-    """Takes away what was recorded after `step` of `epoch`, before going on from there."""
-    kept = [
-        record
-        for record in read_metrics(path)
-        if record["step"] <= step and ("nll_nats_per_token" in record or record["epoch"] < epoch)  # a step, or an epoch
-    ]
-    write_whole(path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept).encode())
+class _Evaluated(_Figures):
+    teacher_forced: dict[str, float | None] | None = None
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file that carries the SHA-256 of its tensors and metadata. What has two names is written twice."""
+class _Results(_Part):
+    best_epoch: int
+    train_perplexity: float | None
+    valid_perplexity: float | None
+    valid_protocol: str
+    valid: _Evaluated
+    test: _Evaluated
+
+
+class _Manifest(_Part):
+    format: int
+    status: Literal["training", "stopped", "done"]
+    recipe: str
+    changes: dict[str, Any]
+    seed: int
+    corpus: _Corpus
+    versions: dict[str, str]
+    started: str
+    files: dict[str, str]
+    id: str | None = None
+    epochs: int = 0
+    training_s: float = 0.0
+    hardware: dict[str, str | int] = {}
+    results: _Results | None = None
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str], previous: Path | None = None
+) -> None:
+    """A safetensors file that carries the SHA-256 of its tensors and metadata; what it replaces becomes `previous`."""
+    write_whole(path, tensors_file(tensors, metadata), previous)
+
+
+def tensors_file(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
+    """What `write_tensors` writes. What has two names is written twice."""
     written: dict[str, torch.Tensor] = {}
     places: set[int] = set()
     for name, tensor in tensors.items():
@@ -212,30 +287,38 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
         written[name] = plain.clone() if plain.data_ptr() in places else plain
         places.add(plain.data_ptr())
     metadata = metadata | {"sha256": _sha256_of_tensors(written, metadata)}
-    write_whole(path, safetensors.torch.save(written, metadata))
+    return safetensors.torch.save(written, metadata)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read_tensors(path: Path, id: str | None = None) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """What `write_tensors` wrote: tensors and metadata.
 
+    Args:
+        path: the file.
+        id: of the run that it must be of; None for any.
+
     Raises:
-        UnrolledError: the file is not whole.
+        UnrolledError: the file is missing, not whole, or of another run.
     """
+    if not path.is_file():
+        raise UnrolledError(f"{path} is missing; {REPAIR}")
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
     except (OSError, safetensors.SafetensorError) as error:
-        raise UnrolledError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise UnrolledError(f"{path} is damaged: {str(error).splitlines()[0]}; {REPAIR}") from error
     expected = metadata.pop("sha256", None)
     if _sha256_of_tensors(tensors, metadata) != expected:
-        raise UnrolledError(f"{path} is damaged: its content does not fit its hash")
+        raise UnrolledError(f"{path} is damaged: its content does not fit its hash; {REPAIR}")
+    if id is not None and metadata.get("run") != id:
+        raise UnrolledError(f"{path} is of another run; {REPAIR}")
     return tensors, metadata
 
 
 def _hash_or_refuse(path: Path) -> str:
     if not path.is_file():
-        raise UnrolledError(f"{path} is missing")
+        raise UnrolledError(f"{path} is missing; {REPAIR}")
     return sha256_of(path)
 
 

@@ -39,7 +39,7 @@ def perplexity_chart(metrics: dict[str, Records]) -> "Figure":
     was taken.
 
     Args:
-        metrics: the records of each run (`folder.read_metrics`) by its name.
+        metrics: the records of each run (`metrics.read_metrics`) by its name.
     """
     figure, axes = _empty_chart()
     ends = []

@@ -7,8 +7,8 @@ from typing import Any
 
 from unrolled.errors import UnrolledError
 from unrolled.files import write_whole
-from unrolled.folder import read_metrics
 from unrolled.inference.embeddings import map_tokens
+from unrolled.metrics import read_metrics
 from unrolled.pictures import Records, chart, map_figure, perplexity_chart, svg
 from unrolled.run import Run
 

@@ -54,8 +54,8 @@ class Run:
         """The network with its best weights, in evaluation mode."""
         path = self.folder / "model.safetensors"
         if not path.is_file():
-            raise UnrolledError(f"{path} is missing; the training has not come so far: unrolled train --resume")
-        tensors, _ = read_tensors(path)
+            raise UnrolledError(f"{path} is missing; if the training has not come so far, unrolled train --resume")
+        tensors, _ = read_tensors(path, self.manifest.get("id"))
         model = build_model(self.recipe.model, len(self.tokenizer))
         _load_weights(model, tensors, path)
         return model.to(self.device).eval()

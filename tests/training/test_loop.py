@@ -9,7 +9,7 @@ import torch
 import unrolled
 from unrolled import Recipe, UnrolledError
 from unrolled.run import build_model, pick_device
-from unrolled.training.loop import memory_needed
+from unrolled.training.start import memory_needed
 
 
 def test_a_vocabulary_beyond_two_bytes_is_held_out_and_evaluated(
@@ -23,13 +23,13 @@ def test_a_vocabulary_beyond_two_bytes_is_held_out_and_evaluated(
     assert run.evaluate()["tokens"] == run.manifest["corpus"]["splits"]["test"]["tokens"] - 1
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize(("cell", "kept"), [("lstm", 6), ("gru", 5)])
 @pytest.mark.parametrize(("optimizer", "copies"), [("sgd", 2), ("adamw", 4)])
-def test_the_memory_needed_counts_every_parameter(cell: str, optimizer: str, copies: int) -> None:
+def test_the_memory_needed_counts_every_parameter(cell: str, kept: int, optimizer: str, copies: int) -> None:
     changes = {"model.cell": cell, "model.hidden_sizes": "7,5", "training.optimizer": optimizer}
-    recipe = Recipe().changed(changes)
-    logits = 2 * 20 * 20 * 100
-    assert memory_needed(recipe, 100) == 4 * (copies * build_model(recipe.model, 100).num_parameters() + logits)
+    recipe, tokens = Recipe().changed(changes), 20 * 20
+    weights = copies * build_model(recipe.model, 100).num_parameters()
+    assert memory_needed(recipe, 100) == 4 * weights + tokens * (2 * 100 + 4 * kept * (7 + 5))
 
 
 def test_a_device_is_picked_by_name() -> None:

@@ -21,7 +21,8 @@ from unrolled.data.embedded import toy_entropy_rate
 from unrolled.data.reading import Corpus
 from unrolled.data.text import open_corpus
 from unrolled.files import cache_folder
-from unrolled.folder import read_metrics, read_tensors, write_tensors
+from unrolled.folder import read_tensors, write_tensors
+from unrolled.metrics import read_metrics
 from unrolled.nn.model import LanguageModel
 from unrolled.nn.unroll import unroll_plain
 

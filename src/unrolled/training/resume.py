@@ -2,43 +2,77 @@
 
 `last/resume.safetensors` holds the weights, the optimiser's tensors, the random states and the recurrent state; its
 metadata the position: epoch, window, step, the sums of the running epoch, the best validation so far. A training that
-is broken off and goes on from here ends bit for bit where the unbroken one ends (on the CPU, in one process).
+is broken off and goes on from here ends bit for bit where the unbroken one ends (on the CPU, in one process). The point
+before it is kept as `last/previous.safetensors`.
 """
 
 import json
-from dataclasses import asdict, dataclass
+import math
+import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import final
 
 import torch
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter
 
 from unrolled.errors import UnrolledError
 from unrolled.folder import read_tensors, write_tensors
+from unrolled.metrics import cut_metrics
+from unrolled.nn.loss import perplexity
 from unrolled.nn.model import LanguageModel
 from unrolled.nn.unroll import LayerStates
+from unrolled.recipe import Training
+
+SAVING_SHARE = 0.02
+"""No more of the time than this goes into resume points."""
+MOST_SKIPPED, MOST_ROLLBACKS, LOWER = 10, 3, 0.5
+"""Steps in a row without a finite gradient before the training goes back, how often it does, what the rate becomes."""
 
 
 @dataclass
 class Position:
     """Where a training stands. Nats and tokens are those of the running epoch."""
 
-    epoch: int = 1
-    window: int = 0
-    step: int = 0
+    epoch: PositiveInt = 1
+    window: NonNegativeInt = 0
+    step: NonNegativeInt = 0
     nll_nats: float = 0.0
-    tokens: int = 0
+    tokens: NonNegativeInt = 0
     best_valid_perplexity: float | None = None
     elapsed_s: float = 0.0
+    skipped: NonNegativeInt = 0
+    """Steps that were not taken, for their loss or gradient was not finite; and how many of them just now in a row."""
+    skipped_in_a_row: NonNegativeInt = 0
+    rollbacks: NonNegativeInt = 0
+    """How often the training went back to an earlier point after such steps, and what that made of the rate."""
+    rate_factor: PositiveFloat = 1.0
+
+    @property
+    def train_perplexity(self) -> float:
+        """Of the running epoch so far; infinite before its first step."""
+        return perplexity(self.nll_nats, self.tokens) if self.tokens else math.inf
 
 
-def resume_file(run: Path) -> Path:
-    """Where a run folder keeps its resume point."""
-    return run / "last" / "resume.safetensors"
+def resume_files(run: Path) -> tuple[Path, Path]:
+    """Where a run folder keeps its resume point, and the one before it."""
+    return run / "last" / "resume.safetensors", run / "last" / "previous.safetensors"
+
+
+def can_resume(run: Path) -> bool:
+    """Whether there is a resume point; between two renames it is the one before that is there."""
+    return any(file.is_file() for file in resume_files(run))
 
 
 def save_point(
-    run: Path, position: Position, model: LanguageModel, optimizer: torch.optim.Optimizer, states: LayerStates
+    run: Path,
+    id: str | None,
+    position: Position,
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    states: LayerStates,
 ) -> None:
-    """Writes the resume point, whole or not at all."""
+    """Writes the resume point of the run `id`, whole or not at all."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for number, slot in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in slot.items() if tensor is not None}
@@ -47,20 +81,109 @@ def save_point(
     tensors["random.cpu"] = torch.get_rng_state()
     if model.device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(model.device)
-    write_tensors(resume_file(run), tensors, {"position": json.dumps(asdict(position))})
+    file, previous = resume_files(run)
+    metadata = {"position": json.dumps(asdict(position))} | ({"run": id} if id is not None else {})
+    write_tensors(file, tensors, metadata, previous)
 
 
-def load_point(run: Path, model: LanguageModel, optimizer: torch.optim.Optimizer) -> tuple[Position, LayerStates]:
-    """Puts model, optimiser and random states back; returns the position and the recurrent state.
+def load_point(
+    run: Path, id: str | None, model: LanguageModel, optimizer: torch.optim.Optimizer, batch_size: int
+) -> tuple[Position, LayerStates]:
+    """Puts model, optimiser and random states back; returns the position and the recurrent state of so many streams.
 
     Raises:
         UnrolledError: the resume point is missing, damaged or of another run.
     """
-    tensors, metadata = read_tensors(resume_file(run))
+    file, previous = resume_files(run)
+    file = file if file.is_file() else previous
+    tensors, metadata = read_tensors(file, id)
     try:
-        return _put_back(tensors, metadata, model, optimizer)
+        return _put_back(tensors, metadata, model, optimizer, batch_size)
     except (RuntimeError, LookupError, TypeError, ValueError) as error:
-        raise UnrolledError(f"{resume_file(run)} does not fit the recipe of its run") from error
+        raise UnrolledError(f"{file} does not fit the recipe of its run") from error
+
+
+@final
+class Keeper:
+    """What a training keeps: where it stands, its best weights, its resume points; and how it goes back to one.
+
+    Args:
+        path: the run folder.
+        id: of the run, None of one from before there were any.
+        training: says how often to save.
+        model, optimizer: what is trained.
+    """
+
+    def __init__(
+        self, path: Path, id: str | None, training: Training, model: LanguageModel, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.path, self.id, self.training, self.model, self.optimizer = path, id, training, model, optimizer
+        self.position, self.states = Position(), model.initial_state(training.batch_size)
+        self._saved_at = self._saved_in = 0.0
+
+    def keep_if_best(self, valid_perplexity: float) -> bool:
+        """Writes the weights where none have done better; whether they did."""
+        best = self.position.best_valid_perplexity
+        if not math.isfinite(valid_perplexity) or (best is not None and valid_perplexity >= best):
+            return False
+        self.position.best_valid_perplexity = valid_perplexity
+        self._write_weights(self.position.epoch)
+        return True
+
+    def keep_some(self) -> None:
+        """Writes the weights where there are none yet, for a training that is broken off in its first epoch."""
+        if not (self.path / "model.safetensors").exists():
+            self._write_weights(0)
+
+    def _write_weights(self, epoch: int) -> None:
+        metadata = {"epoch": str(epoch)} | ({"run": self.id} if self.id else {})
+        write_tensors(self.path / "model.safetensors", self.model.state_dict(), metadata)
+
+    def is_due(self) -> bool:
+        """Whether to save: every so many steps and seconds, where it takes no more than its share of the time."""
+        since, every = time.monotonic() - self._saved_at, self.training.save_every
+        wanted = since > self.training.save_every_s or (every > 0 and self.position.step % every == 0)
+        return wanted and since > self._saved_in / SAVING_SHARE and not self.position.skipped_in_a_row
+
+    def save(self, states: LayerStates) -> None:
+        """Writes the resume point, but for within an accident."""
+        self.states, begun = states, time.monotonic()
+        if self.position.skipped_in_a_row:
+            return
+        save_point(self.path, self.id, self.position, self.model, self.optimizer, states)
+        self._saved_at = time.monotonic()
+        self._saved_in = self._saved_at - begun
+
+    def go_back(self) -> None:
+        """To the resume point; what was recorded since is taken away."""
+        size = self.training.batch_size
+        point, self.states = load_point(self.path, self.id, self.model, self.optimizer, size)
+        vars(self.position).update(vars(point))
+        cut_metrics(self.path, point.step, point.epoch)
+
+    def gives_up(self) -> bool:
+        """Whether too many steps in a row could not be taken."""
+        return self.position.skipped_in_a_row >= MOST_SKIPPED
+
+    def roll_back(self) -> str:
+        """To the resume point, from where the rate is lower; says so.
+
+        Raises:
+            UnrolledError: this has been done often enough.
+        """
+        before = replace(self.position)
+        self.go_back()
+        here = self.position
+        told = f"{MOST_SKIPPED} steps in a row up to {before.step:,} had no finite loss and gradient"
+        if before.rollbacks == MOST_ROLLBACKS:
+            raise UnrolledError(
+                f"{told}, at {before.rate_factor:g} of the recipe's rate; {self.path} keeps the state of step "
+                f"{here.step:,}; begin anew with a lower --training.learning-rate or --training.max-grad-norm"
+            )
+        here.skipped, here.rollbacks = before.skipped, before.rollbacks + 1
+        here.rate_factor, here.elapsed_s = before.rate_factor * LOWER, before.elapsed_s
+        self.save(self.states)
+        return f"{told}: back to step {here.step:,}, the rate now {here.rate_factor:g} of the recipe's"
 
 
 def _put_back(
@@ -68,6 +191,7 @@ def _put_back(
     metadata: dict[str, str],
     model: LanguageModel,
     optimizer: torch.optim.Optimizer,
+    batch_size: int,
 ) -> tuple[Position, LayerStates]:
     model.load_state_dict(_under("model.", tensors))
     slots: dict[int, dict[str, torch.Tensor]] = {}
@@ -83,11 +207,11 @@ def _put_back(
     if "random.cuda" in tensors and model.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["random.cuda"], model.device)
     parts = {name: tensor.to(model.device) for name, tensor in _under("state.", tensors).items()}
-    states = tuple(
-        tuple(parts[f"{layer}.{part}"] for part in range(len(state)))
-        for layer, state in enumerate(model.initial_state(1))
-    )
-    return Position(**json.loads(metadata["position"])), states
+    zero = model.initial_state(batch_size)
+    states = tuple(tuple(parts[f"{layer}.{part}"] for part in range(len(state))) for layer, state in enumerate(zero))
+    if [[part.shape for part in state] for state in states] != [[part.shape for part in state] for state in zero]:
+        raise ValueError("the recurrent state is of other sizes")
+    return TypeAdapter(Position).validate_json(metadata["position"]), states
 
 
 def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

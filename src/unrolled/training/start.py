@@ -1,0 +1,141 @@
+"""What is settled before the first step: text, precision, memory, and what a resumed training goes on with."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unrolled import folder
+from unrolled.data.dataset import Dataset, find_prepared, prepare
+from unrolled.data.text import KNOWN, open_corpus, text_is_there
+from unrolled.data.tokens import Vocabulary
+from unrolled.errors import UnrolledError
+from unrolled.kernels import build
+from unrolled.recipe import FIELDS, Recipe, load_recipe
+from unrolled.run import num_parameters
+from unrolled.training.resume import can_resume
+
+Progress = Callable[[dict[str, Any]], object]
+"""Told of everything worth knowing as it happens: {"event": "note" | "step" | "epoch", …}."""
+
+MAY_CHANGE = (
+    "training.max_epochs",
+    "training.save_every",
+    "training.save_every_s",
+    "training.sample_every",
+    "training.device",
+    "data.corpus",
+)
+"""What a resumed training may have otherwise than before; that the text is the same is seen from its hash."""
+
+
+def make_dataset(recipe: Recipe, progress: Progress) -> Dataset:
+    data = recipe.data
+    corpus = open_corpus(data.corpus, None if data.tokens == "byte" else data.encoding)
+    dataset = prepare(corpus, Vocabulary(data.tokens, data.vocab_size, data.min_count, data.unknown))
+    splits = f"{dataset.name}: " + ", ".join(f"{split} {info.tokens:,}" for split, info in dataset.splits.items())
+    progress(
+        note(f"{splits} tokens; vocabulary {len(dataset.tokenizer):,}" + (f"; {dataset.note}" * bool(dataset.note)))
+    )
+    valid = dataset.splits["valid"]
+    if valid.unknown > 0.05 * valid.tokens:
+        share = valid.unknown / valid.tokens
+        way_out = "try --data.tokens bpe, or another --data.vocab-size or --data.min-count"
+        progress(note(f"{share:.1%} of valid is <unk>: {way_out}"))
+    if valid.tokens < 2 or dataset.splits["test"].tokens < 2:
+        raise UnrolledError(f"{dataset.name} is too short: valid and test take two tokens or more each")
+    return dataset
+
+
+def identity(recipe: Recipe, dataset: Dataset) -> str:
+    """What a run's files are known by: the same for all that comes to the same bits, so for no other run."""
+    fixed = {name: recipe.value(name) for name in FIELDS if name not in MAY_CHANGE}
+    return hashlib.sha256(json.dumps([fixed, dataset.key], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def settle_precision(asked: str, device: torch.device) -> str:
+    """What `auto` comes to here."""
+    if asked != "auto":
+        return asked
+    return "bf16" if device.type == "cpu" and build.multiplies_bf16() else "f32"
+
+
+def say_kernels(path: Path, device: torch.device, precision: str, progress: Progress) -> None:
+    """Which kernels run, what would make it faster, and whether a resumed training began with others."""
+    if device.type != "cpu":
+        return
+    used, before = build.in_use(), folder.read_manifest(path)["versions"].get("kernels")
+    if build.chosen_level() is None:
+        progress(note(f"{precision}, on PyTorch alone: UNROLLED_KERNELS is off"))
+    elif used == "none":
+        progress(note(f"{precision}, on PyTorch alone; unrolled kernels build makes this several times faster"))
+    else:
+        progress(note(f"{precision}, on the {used} kernels"))
+    if before not in (None, used):
+        progress(note(f"this run began on the {before} kernels; it goes on, but not bit for bit"))
+
+
+def located(data: str) -> str:
+    """A path that holds from any folder; a name as it is."""
+    refuse_undecodable(data)
+    return str(Path(data).resolve()) if data != "-" and data not in KNOWN and Path(data).exists() else data
+
+
+def refuse_undecodable(name: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise UnrolledError(f"the name {name!r} is not UTF-8; rename the file") from error
+
+
+def resumed(recipe: Recipe | str | Path | None, out: str | Path | None, changes: dict[str, Any]) -> tuple[Recipe, Path]:
+    """The recipe and folder to go on with; refused where the recipe asks for something else than was begun."""
+    asked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe) if recipe is not None else None
+    path = Path(out) if out is not None else folder.latest_folder(asked.name if asked else "demo")
+    if path is None or not can_resume(path):
+        where = f"{path} holds" if path else "the folder runs holds"
+        raise UnrolledError(f"{where} nothing to resume; --out names the run folder to go on with")
+    manifest = folder.read_manifest(path)
+    folder.check_files(path, manifest)
+    saved = load_recipe(path / "recipe.toml")
+    wanted = (asked.changed(manifest["changes"]) if asked else saved).changed(changes)
+    if wanted.training.precision == "auto":
+        wanted = wanted.changed({"training.precision": saved.training.precision})
+    different = [name for name in wanted.differences(saved) if name not in MAY_CHANGE]
+    if different:
+        raise UnrolledError(f"{path} was begun with other values of {', '.join(different)}; resume without them")
+    return wanted, path
+
+
+def resumed_dataset(path: Path, recipe: Recipe, changes: dict[str, Any]) -> Dataset:
+    """The very ids that the training began with: from the cache, or made again, from where the user says."""
+    corpus = folder.read_manifest(path)["corpus"]
+    moved = "data.corpus" in changes
+    if not moved and (dataset := find_prepared(corpus["prepared"])) is not None:
+        return dataset
+    if not moved and not text_is_there(recipe.data.corpus):
+        raise UnrolledError(f"the text of {path}, {recipe.data.corpus!r}, is no longer here; pass it with --data")
+    dataset = make_dataset(recipe, lambda event: None)
+    if dataset.key != corpus["prepared"]:
+        raise UnrolledError(f"{dataset.name} is not the text that {path} was begun with")
+    return dataset
+
+
+def memory_needed(recipe: Recipe, vocab_size: int) -> int:
+    """Bytes that a training takes at least.
+
+    Weights, gradients, the optimiser's tensors; of a window the exponentials of all logits in bf16, and what every
+    layer keeps for its gradient: its outputs, gates and cells.
+    """
+    model, training = recipe.model, recipe.training
+    copies = 4 if training.optimizer == "adamw" else 2
+    kept = {"lstm": 6, "gru": 5, "elman": 2, "jordan": 2}[model.cell] * sum(model.hidden_sizes)
+    tokens = training.num_steps * training.batch_size
+    return 4 * copies * num_parameters(model, vocab_size) + tokens * (2 * vocab_size + 4 * kept)
+
+
+def note(text: str) -> dict[str, Any]:
+    return {"event": "note", "text": text}

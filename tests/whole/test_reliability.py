@@ -1,0 +1,406 @@
+"""What docs/reliability.md promises: nothing lost, nothing wrong. Each test says which promise it holds."""
+
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import unrolled
+from unrolled import Run, UnrolledError, folder
+from unrolled.data.batches import Windows
+from unrolled.files import write_whole
+from unrolled.folder import read_tensors
+from unrolled.metrics import append_metrics, damaged_metrics, read_metrics
+from unrolled.nn.model import LanguageModel
+from unrolled.recipe import Recipe
+from unrolled.repair import repair
+from unrolled.training.loop import run_epoch
+from unrolled.training.optim import make_optimizer
+from unrolled.training.resume import MOST_ROLLBACKS, MOST_SKIPPED, Position
+
+SMALL = {"model.embedding_size": 12, "model.hidden_sizes": "16", "training.batch_size": 60, "training.max_epochs": 2}
+
+
+@pytest.fixture
+def copy(toy_run: Run, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(toy_run.path, tmp_path / "run"))
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(path / "model.safetensors")[0]
+
+
+def without_clocks(path: Path) -> list[dict[str, Any]]:
+    clocks = {"elapsed_s", "tokens_per_second"}
+    return [{key: value for key, value in record.items() if key not in clocks} for record in read_metrics(path)]
+
+
+# ------------------------------------------------------------------------------------------------ exact resume
+
+
+def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
+    """SIGKILL anywhere, inside saves too: what is saved every step is killed inside a save more often than not."""
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    begin = [sys.executable, "-m", "unrolled", "train", "demo", "--data", "toy", *options, "--training.save-every", "1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    unbroken, killed, chance = tmp_path / "unbroken", tmp_path / "killed", random.Random(1)
+    begun = time.monotonic()
+    subprocess.run([*begin, "--out", unbroken], check=True, capture_output=True, env=environment)
+    longest = time.monotonic() - begun
+    kills, command = 0, [*begin, "--out", killed]
+    for _ in range(200):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            _, err = process.communicate(timeout=chance.uniform(0.4, 1.0) * longest)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+        else:
+            assert process.returncode == 0, err
+            if kills >= 20:
+                break
+            shutil.rmtree(killed)
+        started = any((killed / "last" / name).exists() for name in ("resume.safetensors", "previous.safetensors"))
+        command = [*begin[:4], "--resume", "--out", killed] if started else [*begin, "--out", killed]
+    assert kills >= 20
+    for name, tensor in weights(unbroken).items():
+        assert torch.equal(tensor, weights(killed)[name]), name
+    assert without_clocks(unbroken) == without_clocks(killed)
+
+
+def test_between_the_two_renames_of_a_save_the_point_before_is_there(tmp_path: Path) -> None:
+    unrolled.train("demo", data="toy", out=tmp_path / "run", changes=SMALL)
+    (tmp_path / "run/last/resume.safetensors").unlink()
+    unrolled.train(None, out=tmp_path / "run", resume=True)
+    unrolled.train("demo", data="toy", out=tmp_path / "other", changes=SMALL)
+    for name, tensor in weights(tmp_path / "other").items():
+        assert torch.equal(tensor, weights(tmp_path / "run")[name])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops_within_a_step(tmp_path: Path, number: signal.Signals) -> None:
+    steps: list[int] = []
+
+    def progress(event: dict[str, Any]) -> None:
+        if event["event"] == "step":
+            steps.append(event["step"])
+            if event["step"] == 30:
+                os.kill(os.getpid(), number)
+
+    run = unrolled.train("demo", data="toy", out=tmp_path / "run", changes=SMALL, progress=progress)
+    assert steps[-1] == 30
+    assert (run.manifest["status"], run.manifest["steps"]) == ("stopped", 30)
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path: Path) -> None:
+    def progress(event: dict[str, Any]) -> None:
+        if event.get("step") == 30:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        unrolled.train("demo", data="toy", out=tmp_path / "run", changes=SMALL, progress=progress)
+    assert unrolled.train(None, out=tmp_path / "run", resume=True).manifest["status"] == "done"
+
+
+# ------------------------------------------------------------------------------------------------ whole or not at all
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
+    path, told = tmp_path / "run", []
+
+    def progress(event: dict[str, Any]) -> None:
+        if event.get("step") == 5:
+            with pytest.raises(UnrolledError) as caught:
+                unrolled.train(None, out=path, resume=True)
+            told.append(str(caught.value))
+            with pytest.raises(UnrolledError) as caught:
+                unrolled.train("demo", data="toy", out=path, changes=SMALL)
+            told.append(str(caught.value))
+            with pytest.raises(UnrolledError, match="another process is training into"):
+                repair(path)
+
+    unrolled.train("demo", data="toy", out=path, changes=SMALL, progress=progress)
+    assert "another process is training into" in told[0]
+    assert "exists already" in told[1]
+
+
+def test_a_full_disk_is_one_line_and_the_last_good_state_stays(tmp_path: Path) -> None:
+    """RLIMIT_FSIZE cuts a write as a full disk does: with an error in the middle of the file."""
+    path = tmp_path / "run"
+    unrolled.train("demo", data="toy", out=path, changes=SMALL | {"training.max_epochs": 1})
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.suffix in (".safetensors", ".toml")}
+    command = [sys.executable, "-m", "unrolled", "train", "--resume", "--out", path, "--max-epochs", "3"]
+    size = (path / "last/resume.safetensors").stat().st_size
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("unrolled: File too large: ")
+    assert "Traceback" not in done.stderr
+    after = {file: file.read_bytes() for file in path.rglob("*") if file.suffix in (".safetensors",)}
+    assert after == {file: content for file, content in before.items() if file in after}
+    assert not list(path.rglob("*.tmp"))
+    assert unrolled.train(None, out=path, resume=True).manifest["status"] == "done"
+
+
+def test_a_folder_that_vanishes_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+
+    def progress(event: dict[str, Any]) -> None:
+        if event.get("step") == 5 and event["event"] == "step":
+            shutil.rmtree(path)
+
+    with pytest.raises((UnrolledError, OSError)) as caught:
+        unrolled.train("demo", data="toy", out=path, changes=SMALL, progress=progress)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(PermissionError):
+        unrolled.train("demo", data="toy", out=tmp_path / "run", changes=SMALL)
+
+
+def test_what_is_being_read_is_never_half_written(tmp_path: Path) -> None:
+    path, ends, seen = tmp_path / "file", threading.Event(), set()
+    contents = [bytes([number]) * 100_000 for number in range(2)]
+    write_whole(path, contents[0])
+
+    def read() -> None:
+        while not ends.is_set():
+            seen.add(path.read_bytes())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for number in range(100):
+        write_whole(path, contents[number % 2])
+    ends.set()
+    reader.join()
+    assert seen <= set(contents)
+
+
+# ------------------------------------------------------------------------------------------------ damage
+
+
+FILES = ["recipe.toml", "tokenizer.json", "heldout.safetensors", "manifest.json", "model.safetensors"]
+FILES += ["last/resume.safetensors"]
+
+
+def harm(file: Path, how: str) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    {
+        "flipped": lambda: file.write_bytes(content),
+        "truncated": lambda: os.truncate(file, file.stat().st_size // 3),
+        "empty": lambda: os.truncate(file, 0),
+        "missing": file.unlink,
+    }[how]()
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("how", ["flipped", "truncated", "empty", "missing"])
+def test_one_damaged_file_is_named_and_repaired(copy: Path, name: str, how: str) -> None:
+    before = unrolled.load(copy).score("the dog").log_prob
+    harm(copy / name, how)
+    if name != "last/resume.safetensors":
+        with pytest.raises(UnrolledError, match=Path(name).name):
+            unrolled.load(copy).evaluate() and unrolled.load(copy).model
+    elif how != "missing":  # then the point before it is taken
+        with pytest.raises(UnrolledError, match=r"resume\.safetensors is damaged.*unrolled repair"):
+            unrolled.train(None, out=copy, resume=True)
+    found = {finding.file: finding.state for finding in repair(copy)}
+    assert found.pop(name) == "repaired"
+    assert set(found.values()) == {"whole"}
+    assert {finding.state for finding in repair(copy)} == {"whole"}
+    after = unrolled.load(copy).score("the dog").log_prob
+    assert after == pytest.approx(before) or name == "model.safetensors"
+    assert unrolled.train(None, out=copy, resume=True, changes={"training.max_epochs": 3}).manifest["epochs"] == 3
+
+
+def test_what_cannot_be_repaired_is_said(copy: Path) -> None:
+    for name in ("tokenizer.json", "heldout.safetensors", "last/resume.safetensors", "last/previous.safetensors"):
+        harm(copy / name, "flipped")
+        if (twin := copy / "last" / "copies" / name).exists():
+            harm(twin, "flipped")
+    found = {finding.file: (finding.state, finding.remark) for finding in repair(copy)}
+    assert found["tokenizer.json"][0] == found["last/resume.safetensors"][0] == "lost"
+    assert found["heldout.safetensors"] == ("lost", "evaluate needs the text: --data")
+    for name in ("manifest.json", "last/copies/manifest.json"):
+        harm(copy / name, "truncated")
+    with pytest.raises(UnrolledError, match=r"neither manifest\.json nor its copy is whole"):
+        repair(copy)
+
+
+def test_a_damaged_line_of_the_record_is_found(copy: Path) -> None:
+    lines = (copy / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    digit = lines[1].index(b'"train_perplexity": ') + 20
+    lines[1] = lines[1][:digit] + bytes([lines[1][digit] ^ 1]) + lines[1][digit + 1 :]
+    (copy / "metrics.jsonl").write_bytes(b"".join(lines) + b'{"step": 9')
+    assert damaged_metrics(copy) == [2, len(lines) + 1]
+    (finding,) = (finding for finding in repair(copy) if finding.file == "metrics.jsonl")
+    assert finding.remark == f"without its damaged lines 2, {len(lines) + 1}"
+    assert len(read_metrics(copy)) == len(lines) - 1
+
+
+def test_records_from_before_there_were_sums_are_read(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "epoch": 1}\n{"step": 2, "epoch": 1}\n')
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+    append_metrics(tmp_path, {"step": 3, "epoch": 1})
+    assert read_metrics(tmp_path)[-1] == {"step": 3, "epoch": 1}
+
+
+def test_files_of_another_run_with_the_same_sizes_are_refused(copy: Path, toy_run: Run, tmp_path: Path) -> None:
+    values = {name: toy_run.recipe.value(name) for name in ("model.embedding_size", "training.learning_rate")}
+    changes = values | {"model.hidden_sizes": "64,48", "training.max_epochs": 1, "training.seed": 2}
+    other = unrolled.train("demo", data="toy", out=tmp_path / "other", changes=changes)
+    for name in ("model.safetensors", "last/resume.safetensors"):
+        shutil.copy(other.path / name, copy / name)
+    with pytest.raises(UnrolledError, match=r"model\.safetensors is of another run"):
+        unrolled.load(copy).model  # noqa: B018
+    with pytest.raises(UnrolledError, match=r"resume\.safetensors is of another run"):
+        unrolled.train(None, out=copy, resume=True, changes={"training.max_epochs": 3})
+    assert {finding.state for finding in repair(copy)} == {"whole", "repaired"}
+
+
+# ------------------------------------------------------------------------------------------------ numerical accidents
+
+
+def epoch_with(spoil: Callable[[int, LanguageModel], None], steps: int = 8) -> tuple[LanguageModel, Position]:
+    """Some steps of a tiny model; `spoil(step, model)` is called after each."""
+    torch.manual_seed(0)
+    recipe = Recipe().changed({"training.batch_size": 2, "training.num_steps": 3, "training.precision": "f32"})
+    model, position = LanguageModel(11, 4, [5]), Position()
+    windows = Windows(torch.randint(11, (200,)).numpy(), 2, 3)
+
+    def after_step(states: object, figures: dict[str, float]) -> bool:
+        spoil(position.step, model)
+        return position.step < steps
+
+    run_epoch(
+        model,
+        make_optimizer(model, recipe.training),
+        windows,
+        model.initial_state(2),
+        recipe.training,
+        position,
+        after_step,
+    )
+    return model, position
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_reaches_no_weights(value: float) -> None:
+    kept: dict[str, torch.Tensor] = {}
+
+    def spoil(step: int, model: LanguageModel) -> None:
+        for parameter in model.parameters():
+            parameter.register_hook(lambda gradient: gradient * value if step in (3, 4) else gradient)
+        if step == 3:
+            kept.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        if step == 5:
+            assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
+
+    model, position = epoch_with(spoil)
+    assert position.skipped > 0
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_weights_that_are_spoilt_are_taken_back_and_the_rate_is_lowered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN in the weights, as a broken memory would have it: back to the resume point, on at half the rate."""
+    notes: list[str] = []
+    models: list[LanguageModel] = []
+    original = LanguageModel.nll
+    monkeypatch.setattr(LanguageModel, "nll", lambda self, *rest: models.append(self) or original(self, *rest))
+
+    def progress(event: dict[str, Any]) -> None:
+        if event["event"] == "note":
+            notes.append(event["text"])
+        if event["event"] == "step" and event["step"] == 50 and not any("back to step" in note for note in notes):
+            with torch.no_grad():
+                models[-1].layers[0].weight_hh[0, 0] = math.nan
+
+    run = unrolled.train("demo", data="toy", out=tmp_path / "run", changes=SMALL, progress=progress)
+    assert run.manifest["status"] == "done"
+    assert run.manifest["skipped_steps"] == MOST_SKIPPED
+    assert any("step 51 is not taken" in note for note in notes)
+    assert any("back to step 0, the rate now 0.5 of the recipe's" in note for note in notes)
+    assert all(tensor.isfinite().all() for tensor in weights(run.path).values())
+    assert [record["skipped"] for record in read_metrics(run.path) if "skipped" in record] == []  # cut with the rest
+
+
+def test_what_never_becomes_finite_stops_with_the_reason_and_the_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, original = tmp_path / "run", LanguageModel.nll
+
+    def broken(self: LanguageModel, *rest: Any) -> Any:
+        nll, count, states = original(self, *rest)
+        return nll * math.nan, count, states
+
+    monkeypatch.setattr(LanguageModel, "nll", broken)
+    with pytest.raises(UnrolledError, match=rf"{MOST_SKIPPED} steps in a row up to .* lower --training.learning-rate"):
+        unrolled.train("demo", data="toy", out=path, changes=SMALL)
+    manifest = folder.read_manifest(path)
+    assert manifest["status"] == "stopped"
+    assert "had no finite loss and gradient, at 0.125 of the recipe's rate" in manifest["reason"]
+    assert manifest["skipped_steps"] == MOST_SKIPPED * (MOST_ROLLBACKS + 1)
+    monkeypatch.undo()
+    assert unrolled.train(None, out=path, resume=True).manifest["status"] == "done"
+
+
+@pytest.mark.parametrize("cell", ["lstm", "elman"])
+def test_a_rate_of_a_thousand_never_writes_what_is_not_finite(tmp_path: Path, cell: str) -> None:
+    path = tmp_path / "run"
+    changes = SMALL | {"training.optimizer": "sgd", "training.learning_rate": 1000.0, "model.cell": cell}
+    changes |= {"training.schedule": "decay", "training.max_grad_norm": 1e6}
+    with suppress(UnrolledError):  # it may get to its end, or be told to lower the rate
+        unrolled.train("demo", data="toy", out=path, changes=changes)
+    tensors, _ = read_tensors(path / "last/resume.safetensors")
+    assert all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point())
+
+
+# ------------------------------------------------------------------------------------------------ memory, determinism
+
+
+def test_what_cannot_fit_is_refused_with_an_estimate(tmp_path: Path) -> None:
+    for changes in ({"model.hidden_sizes": "300000"}, {"training.batch_size": 10**9}):
+        with pytest.raises(UnrolledError, match=r"this takes [\d,.]+ GiB of memory or more, and the machine has"):
+            unrolled.train("demo", data="toy", out=tmp_path / "run", changes=changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_numbers_of_threads_round_otherwise_and_no_more(tmp_path: Path) -> None:
+    runs = {}
+    for name, count in (("one", 1), ("two", 2), ("two again", 2)):
+        torch.set_num_threads(count)
+        try:
+            runs[name] = unrolled.train("demo", data="toy", out=tmp_path / name, changes=SMALL)
+        finally:
+            torch.set_num_threads(1)
+    two, again = (weights(runs[name].path) for name in ("two", "two again"))
+    assert all(torch.equal(tensor, again[name]) for name, tensor in two.items())
+    figures = [run.manifest["results"]["test"]["perplexity"] for run in runs.values()]
+    assert figures[1] == pytest.approx(figures[0], rel=0.01)
+    assert json.loads((runs["one"].path / "manifest.json").read_text())["hardware"]["threads"] == 1

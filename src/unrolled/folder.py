@@ -38,6 +38,7 @@ ALWAYS_CHECKED = ("recipe.toml", "tokenizer.json")
 COPIED = (*ALWAYS_CHECKED, "heldout.safetensors", "manifest.json")
 """What is kept twice, for `repair`."""
 _BEFORE_TRAINING = {*COPIED, "last", "copies"}
+_UNFINISHED = ".*.tmp"
 FORMAT = 1
 """Raised when an older Unrolled could no longer read the folder."""
 REPAIR = "unrolled repair RUN says what can be done"
@@ -63,7 +64,7 @@ def refuse_taken(path: Path) -> None:
         return
     if not path.is_dir():
         raise UnrolledError(f"{path} is a file; choose another --out")
-    names = {file.name for file in path.rglob("*")}
+    names = {file.name for file in path.rglob("*")} - {file.name for file in path.rglob(_UNFINISHED)}
     if names and not ("recipe.toml" in names <= _BEFORE_TRAINING):
         raise UnrolledError(f"{path} exists already; choose another --out, or go on with it: --resume --out {path}")
 
@@ -92,6 +93,12 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def sweep(path: Path) -> None:
+    """Takes away what a kill within a write left; only within `locked`."""
+    for file in path.rglob(_UNFINISHED):
+        file.unlink(missing_ok=True)
 
 
 def create(path: Path, recipe: Recipe, changes: dict[str, Any], dataset: Dataset, id: str) -> None:
@@ -146,7 +153,7 @@ def reopen(path: Path, recipe: Recipe, changes: dict[str, Any]) -> None:
     manifest = read_manifest(path) | {"status": "training"}
     manifest["changes"] = manifest["changes"] | changes
     manifest.pop("results", None)
-    manifest["files"].pop("recipe.toml")  # for a moment, lest a break between two writes look like damage
+    manifest["files"].pop("recipe.toml", None)  # for a moment, lest a break between two writes look like damage
     write_manifest(path, manifest)
     _write_twice(path, "recipe.toml", recipe.to_toml().encode())
     manifest["files"]["recipe.toml"] = sha256_of(path / "recipe.toml")
@@ -258,7 +265,7 @@ class _Manifest(_Part):
     format: int
     status: Literal["training", "stopped", "done"]
     recipe: str
-    changes: dict[str, Any]
+    changes: dict[str, str | int | float | bool | list[int]]
     seed: int
     corpus: _Corpus
     versions: dict[str, str]

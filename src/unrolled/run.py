@@ -15,7 +15,7 @@ from unrolled.data.text import SPLITS, open_corpus, open_text, text_is_there
 from unrolled.data.tokens import Tokenizer
 from unrolled.errors import UnrolledError
 from unrolled.files import sha256_of
-from unrolled.folder import check_files, read_manifest, read_tensors
+from unrolled.folder import REPAIR, check_files, read_manifest, read_tensors
 from unrolled.inference.evaluate import Evaluation, evaluate_exact, evaluate_paper
 from unrolled.kernels import build
 from unrolled.nn.cells import CELLS
@@ -147,10 +147,15 @@ class Run:
             path = self.folder / "heldout.safetensors"
             if not path.is_file():
                 raise UnrolledError(f"{path} was taken away; pass the text with --data")
-            if sha256_of(path) != self.manifest["files"][path.name]:
-                raise UnrolledError(f"{path} is damaged or was changed: its SHA-256 is not the manifest's")
-            tensors, _ = read_tensors(path)
-            return self.manifest["corpus"]["name"], split, tensors[split].numpy()
+            if sha256_of(path) != self.manifest["files"].get(path.name):
+                raise UnrolledError(f"{path} is damaged or was changed: its SHA-256 is not the manifest's; {REPAIR}")
+            ids = read_tensors(path)[0].get(split)
+            kinds = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+            if ids is None or ids.dim() != 1 or ids.dtype not in kinds:
+                raise UnrolledError(f"{path} holds no ids of {split}")
+            if (ids.numpy() >= len(self.tokenizer)).any():
+                raise UnrolledError(f"{path} holds ids that are not in the vocabulary of {len(self.tokenizer)}")
+            return self.manifest["corpus"]["name"], split, ids.numpy()
         encoding = (encoding or "utf-8") if data is not None else self.recipe.data.encoding
         encoding = None if self.tokenizer.unit == "byte" else encoding
         if data is None and not text_is_there(self.recipe.data.corpus):
@@ -261,6 +266,9 @@ def _network(model: Model, vocab_size: int) -> LanguageModel:
 
 
 def _load_weights(model: LanguageModel, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32 or not tensor.isfinite().all():
+            raise UnrolledError(f"{path}: {name} is not of finite numbers in f32")
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

@@ -3,14 +3,12 @@
 import json
 import math
 import os
-import random
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from kills import kill_loop
 
 import unrolled
 from unrolled import Run, UnrolledError, folder
@@ -44,43 +43,16 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return read_tensors(path / "model.safetensors")[0]
 
 
-def without_clocks(path: Path) -> list[dict[str, Any]]:
-    clocks = {"elapsed_s", "tokens_per_second"}
-    return [{key: value for key, value in record.items() if key not in clocks} for record in read_metrics(path)]
-
-
 # ------------------------------------------------------------------------------------------------ exact resume
 
 
 def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
-    """SIGKILL anywhere, inside saves too: what is saved every step is killed inside a save more often than not."""
+    """SIGKILL anywhere, inside saves too: saving after every step, that is where most of the time goes."""
     options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
-    begin = [sys.executable, "-m", "unrolled", "train", "demo", "--data", "toy", *options, "--training.save-every", "1"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    unbroken, killed, chance = tmp_path / "unbroken", tmp_path / "killed", random.Random(1)
-    begun = time.monotonic()
-    subprocess.run([*begin, "--out", unbroken], check=True, capture_output=True, env=environment)
-    longest = time.monotonic() - begun
-    kills, command = 0, [*begin, "--out", killed]
-    for _ in range(200):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        try:
-            _, err = process.communicate(timeout=chance.uniform(0.4, 1.0) * longest)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            kills += 1
-        else:
-            assert process.returncode == 0, err
-            if kills >= 20:
-                break
-            shutil.rmtree(killed)
-        started = any((killed / "last" / name).exists() for name in ("resume.safetensors", "previous.safetensors"))
-        command = [*begin[:4], "--resume", "--out", killed] if started else [*begin, "--out", killed]
-    assert kills >= 20
-    for name, tensor in weights(unbroken).items():
-        assert torch.equal(tensor, weights(killed)[name]), name
-    assert without_clocks(unbroken) == without_clocks(killed)
+    counts = kill_loop(tmp_path, ["demo", "--data", "toy", *options, "--training.save-every=1"], kills=20, seed=1)
+    assert counts["kills"] >= 20
+    assert counts["ended"] >= 1
+    assert counts["lost"] == 0
 
 
 def test_between_the_two_renames_of_a_save_the_point_before_is_there(tmp_path: Path) -> None:

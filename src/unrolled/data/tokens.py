@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import IO, Literal, final
+from typing import IO, Any, Literal, final
 
 import numpy as np
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
@@ -35,6 +35,7 @@ DEFAULT_BPE_SIZE = 8_000
 _LONGEST_BPE_WORD = 256
 """Characters; the library takes more than quadratic time over a word, and a text may have no spaces at all."""
 _MAX_UNICODE = 0x110000
+_AROUND_THE_MODEL = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "added_tokens")
 
 
 @dataclass(frozen=True)
@@ -163,12 +164,17 @@ class Tokenizer:
             UnrolledError: the file is not one of ours.
         """
         try:
-            content = path.read_text(encoding="utf-8")
-            return cls(Backend.from_str(content), _unit_of(content))
+            description = json.loads(path.read_text(encoding="utf-8"))
+            unit = _unit_of(description)
+            backend = _rebuilt(description["model"], unit)
         except FileNotFoundError as error:
             raise UnrolledError(f"{path} is missing") from error
-        except Exception as error:  # the library raises bare Exception for bad JSON
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, UnrolledError) as error:
             raise UnrolledError(f"{path} is not a tokenizer of Unrolled: {error}") from error
+        ours = json.loads(backend.to_str())
+        if any(description.get(part) != ours.get(part) for part in _AROUND_THE_MODEL):
+            raise UnrolledError(f"{path} is not a tokenizer of Unrolled: not as it makes those of {unit}s")
+        return cls(backend, unit)
 
 
 class _Ids(dict):
@@ -403,8 +409,35 @@ def _bpe_pre_tokenizer(long_words: bool) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
 
 
-def _unit_of(content: str) -> Unit:
-    description = json.loads(content)
+def _rebuilt(model: dict[str, Any], unit: Unit) -> Backend:
+    """The tokenizer that we make with the vocabulary of a file's model; the library itself panics over some of them.
+
+    Raises:
+        UnrolledError, LookupError, TypeError, ValueError: it has none, or one with gaps.
+    """
+    for token in model["vocab"]:
+        token.encode()  # no half characters
+    vocabulary = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    if not vocabulary or [model["vocab"][token] for token in vocabulary] != list(range(len(vocabulary))):
+        raise UnrolledError("its ids are not 0, 1, 2, …")
+    if unit == "byte":
+        return _byte_backend()
+    if unit != "bpe":
+        if unit == "character" and any(len(token) != 1 for token in vocabulary if token != UNKNOWN):
+            raise UnrolledError("its characters are longer than one")
+        return _level_backend(vocabulary, unit)
+    if not set(_BYTE_TOKENS) <= set(vocabulary) or not all(set(token) <= _BYTE_OF.keys() for token in vocabulary):
+        raise UnrolledError("its pieces are not of bytes")
+    merges = [(left, right) for left, right in model["merges"]]
+    if not all({left, right, left + right} <= model["vocab"].keys() for left, right in merges):
+        raise UnrolledError("it merges what is not in its vocabulary")
+    backend = Backend(models.BPE(model["vocab"], merges))
+    backend.pre_tokenizer = _bpe_pre_tokenizer(long_words=True)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _unit_of(description: dict[str, Any]) -> Unit:
     model = description["model"]
     if model["type"] == "WordLevel":
         return "word" if description["pre_tokenizer"]["type"] == "WhitespaceSplit" else "character"

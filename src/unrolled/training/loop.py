@@ -113,6 +113,7 @@ def train(
     dataset = start.resumed_dataset(path, recipe, changes) if resume else start.make_dataset(recipe, progress)
     refuse_what_cannot_fit(start.memory_needed(recipe, len(dataset.tokenizer)))
     with folder.locked(path):
+        folder.sweep(path)
         if not resume:
             folder.create(path, recipe, changes, dataset, start.identity(recipe, dataset))
         return _train(path, recipe, changes, dataset, device, resume, progress)

@@ -174,14 +174,14 @@ class Keeper:
         before = replace(self.position)
         self.go_back()
         here = self.position
+        here.skipped, here.elapsed_s = before.skipped, before.elapsed_s
         told = f"{MOST_SKIPPED} steps in a row up to {before.step:,} had no finite loss and gradient"
         if before.rollbacks == MOST_ROLLBACKS:
             raise UnrolledError(
                 f"{told}, at {before.rate_factor:g} of the recipe's rate; {self.path} keeps the state of step "
                 f"{here.step:,}; begin anew with a lower --training.learning-rate or --training.max-grad-norm"
             )
-        here.skipped, here.rollbacks = before.skipped, before.rollbacks + 1
-        here.rate_factor, here.elapsed_s = before.rate_factor * LOWER, before.elapsed_s
+        here.rollbacks, here.rate_factor = before.rollbacks + 1, before.rate_factor * LOWER
         self.save(self.states)
         return f"{told}: back to step {here.step:,}, the rate now {here.rate_factor:g} of the recipe's"
 
@@ -193,7 +193,10 @@ def _put_back(
     optimizer: torch.optim.Optimizer,
     batch_size: int,
 ) -> tuple[Position, LayerStates]:
-    model.load_state_dict(_under("model.", tensors))
+    weights = _under("model.", tensors)
+    if not all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in weights.values()):
+        raise ValueError("the weights are not of finite numbers in f32")
+    model.load_state_dict(weights)
     slots: dict[int, dict[str, torch.Tensor]] = {}
     parameters = list(model.parameters())
     for name, tensor in _under("optimizer.", tensors).items():
@@ -202,6 +205,9 @@ def _put_back(
         if tensor.shape != expected or tensor.dtype != torch.float32:  # the fused step would write where it must not
             raise ValueError(name)
         slots.setdefault(int(number), {})[slot] = tensor
+    expected_slots = {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.AdamW) else set()
+    if slots and (len(slots) < len(parameters) or any(set(slot) != expected_slots for slot in slots.values())):
+        raise ValueError("the optimizer's tensors are not those of its kind")
     optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and model.device.type == "cuda":
@@ -209,8 +215,9 @@ def _put_back(
     parts = {name: tensor.to(model.device) for name, tensor in _under("state.", tensors).items()}
     zero = model.initial_state(batch_size)
     states = tuple(tuple(parts[f"{layer}.{part}"] for part in range(len(state))) for layer, state in enumerate(zero))
-    if [[part.shape for part in state] for state in states] != [[part.shape for part in state] for state in zero]:
-        raise ValueError("the recurrent state is of other sizes")
+    for part, expected in zip(sum(states, ()), sum(zero, ()), strict=True):
+        if (part.shape, part.dtype) != (expected.shape, expected.dtype):
+            raise ValueError("the recurrent state is of another size or type")
     return TypeAdapter(Position).validate_json(metadata["position"]), states
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from fuzz import TARGETS, prepare_folder, run_cases
 from kills import kill_loop
 
 import unrolled
@@ -376,3 +377,19 @@ def test_other_numbers_of_threads_round_otherwise_and_no_more(tmp_path: Path) ->
     figures = [run.manifest["results"]["test"]["perplexity"] for run in runs.values()]
     assert figures[1] == pytest.approx(figures[0], rel=0.01)
     assert json.loads((runs["one"].path / "manifest.json").read_text())["hardware"]["threads"] == 1
+
+
+# ------------------------------------------------------------------------------------------------ strangers
+
+
+@pytest.fixture(scope="session")
+def victims(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    folder = tmp_path_factory.mktemp("fuzz")
+    prepare_folder(folder)
+    return folder
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_files_from_strangers_are_harmless(victims: Path, tmp_path: Path, target: str) -> None:
+    shutil.copytree(victims, tmp_path, dirs_exist_ok=True)
+    assert run_cases(tmp_path, target, seed=0, count=50) == []

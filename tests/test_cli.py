@@ -4,6 +4,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -350,9 +352,81 @@ def test_figures_that_are_no_numbers_are_null(command: Command, toy_run: Run, wr
     assert (status, "–" in out) == (0, True)
 
 
-def test_undecodable_lines_are_named(command: Command, toy_run: Run, write: Write) -> None:
-    path = write("bad.txt", b"\xffgood\n")
-    assert "bad.txt, line 1, byte 1: not UTF-8" in mistake(command, "score", toy_run.path, path)
+def test_a_line_that_cannot_be_scored_is_said_in_its_place_and_the_rest_go_on(
+    command: Command, toy_run: Run, write: Write
+) -> None:
+    path = write("bad.txt", b"the dog\n\xffgood\n" + b"the " * 30 + b"\n\nthe dog")
+    answers = command.json("score", toy_run.path, path, "--most-tokens", 20)
+    assert [answer["id"] for answer in answers] == [1, 2, 3, 4, 5]
+    assert "not UTF-8 at byte 1" in answers[1]["error"]
+    assert answers[2]["error"] == "30 tokens are more than 20"
+    assert answers[3]["tokens"] == 1
+    assert answers[4]["log_prob"] == pytest.approx(answers[0]["log_prob"])
+    status, out, err = command("score", toy_run.path, path, "--most-tokens", 20)
+    assert (status, err) == (0, "unrolled: 2 of 5 lines could not be scored\n")
+    assert out.count("[") == 2
+
+
+def test_scores_in_json_come_back_with_their_ids(command: Command, toy_run: Run, write: Write) -> None:
+    lines = [
+        {"id": "a", "text": "the dog walks"},
+        {"text": "birds sing"},
+        {"id": 7},
+        ["no"],
+        {"id": {"x": 1}, "text": ""},
+    ]
+    path = write("in.jsonl", "".join(json.dumps(line) + "\n" for line in lines) + "{not json\n")
+    answers = command.json("score", toy_run.path, path, "--from-json")
+    assert [answer["id"] for answer in answers] == ["a", 2, 3, 4, '{"x": 1}', 6]
+    assert ["error" in answer for answer in answers] == [False, False, True, True, False, True]
+    renamed = write("renamed.jsonl", '{"utt": "u", "hyp": "the dog walks"}\n')
+    (answer,) = command.json("score", toy_run.path, renamed, "--from-json", "--text-field", "hyp", "--id-field", "utt")
+    assert (answer["id"], answer["log_prob"]) == ("u", pytest.approx(answers[0]["log_prob"]))
+
+
+def test_logarithms_have_the_base_that_is_asked_for(command: Command, toy_run: Run, write: Write) -> None:
+    lines = write("lines.txt", "the dog walks\n")
+    (nats,), (bits,), (tens,) = (
+        command.json("score", toy_run.path, lines, "--per-token", "--base", base) for base in ("e", "2", "10")
+    )
+    assert bits["log_prob"] == pytest.approx(nats["log_prob"] / math.log(2))
+    assert tens["log_prob"] == pytest.approx(nats["log_prob"] / math.log(10))
+    for one, other in zip(nats["per_token"], bits["per_token"], strict=True):
+        assert one["surprisal_bits"] == other["surprisal_bits"] == pytest.approx(-other["log_prob"])
+
+
+def test_the_best_hypothesis_of_each_utterance(command: Command, toy_run: Run, write: Write) -> None:
+    rows = ["u1\t-10\tthe dog walk here", "u2\t-5\tbirds sing", "u1\t-10.5\tthe dog walks here", "u1\tx\ty"]
+    path = write("nbest.tsv", "\n".join(rows))
+    status, out, err = command("score", toy_run.path, path, "--nbest", "best")
+    assert [line.split("\t")[::2] for line in out.splitlines()] == [["u1", "the dog walks here"], ["u2", "birds sing"]]
+    assert (status, err) == (0, "unrolled: 1 of 4 lines could not be scored\n")
+    answers = command.json("score", toy_run.path, path, "--nbest", "all", "--weight", 0)
+    assert [(answer["id"], answer["total"]) for answer in answers] == [("u1", -10), ("u1", -10.5), ("u2", -5)]
+    assert "goes with neither" in mistake(command, "score", toy_run.path, path, "--nbest", "best", "--carry")
+
+
+def test_the_oddest_lines_and_their_oddest_words(command: Command, toy_run: Run, write: Write) -> None:
+    path = write("log.txt", "the dog walks here\nthe here the walks dog dog\nbirds sing here\n")
+    (answer,) = command.json("score", toy_run.path, path, "--anomalies", 1)
+    assert (answer["id"], len(answer["oddest"])) == (2, 3)
+    assert answer["oddest"][0]["log_prob"] <= answer["oddest"][1]["log_prob"]
+    _, out, _ = command("score", toy_run.path, path, "--anomalies", 2)
+    assert out.splitlines()[0].endswith("line 2: the here the walks dog dog")
+    assert out.count("oddest: ") == 2
+
+
+def test_a_stream_is_answered_line_by_line(toy_run: Run) -> None:
+    command = [sys.executable, "-m", "unrolled", "score", toy_run.path, "-", "--json"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for number, line in enumerate(("the dog walks", "birds sing"), start=1):
+            process.stdin.write(line + "\n")
+            process.stdin.flush()
+            assert json.loads(process.stdout.readline())["id"] == number
+        process.stdin.close()
+        assert process.wait() == 0
 
 
 def test_a_character_outside_the_vocabulary_is_named(command: Command, character_run: Run) -> None:

@@ -1,6 +1,7 @@
 """What the commands read and print: lines of text, tables, JSON, notices. Answers go to standard output."""
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -8,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from unrolled.errors import UnrolledError
 
 if TYPE_CHECKING:
+    from unrolled.inference.score import Score
+    from unrolled.items import Item
     from unrolled.run import Run
 
 
@@ -68,6 +71,82 @@ def print_results(run: "Run") -> None:
     print(
         f"best epoch {results['best_epoch']}, its train perplexity as it ran {train_perplexity}; run folder {run.path}"
     )
+
+
+class ScorePrinter:
+    """What `score` answers: a row for each text, or an object in JSON.
+
+    Args:
+        per_token: every token, too.
+        base: of the logarithms: e, 2 or 10.
+        json: objects, not rows.
+    """
+
+    def __init__(self, per_token: bool, base: str, json: bool) -> None:
+        self.per_token, self.json = per_token, json
+        self.nats = {"e": 1.0, "2": math.log(2), "10": math.log(10)}[base]
+        self.headed = False
+
+    def line(self, item: "Item", result: "Score | UnrolledError") -> None:
+        """A text's score, or why it has none."""
+        if isinstance(result, UnrolledError):
+            if self.json:
+                print_json({"id": item.id, "error": str(result)})
+            else:
+                self._row("–", "–", "–", "–", f"[{result}] {item.text}")
+            return
+        if self.json:
+            print_json({"id": item.id} | self._answer(result))
+        else:
+            self._score(result, result.text)
+
+    def hypothesis(self, id: Any, total: float, other: float, result: "Score") -> None:
+        """One of an n-best list."""
+        if self.json:
+            print_json({"id": id, "total": total, "score": other, "text": result.text} | self._answer(result))
+        else:
+            print(f"{id}\t{total:.4f}\t{result.text}", flush=True)
+
+    def anomaly(self, id: Any, result: "Score", words: list[tuple[str, float]]) -> None:
+        """An odd line with its oddest tokens."""
+        from unrolled.data.tokens import shown
+
+        if self.json:
+            odd = [{"token": token, "log_prob": value / self.nats} for token, value in words]
+            print_json({"id": id, "text": result.text, "oddest": odd} | self._answer(result))
+            return
+        named = ", ".join(f"{shown(token)} {-value / math.log(2):.1f}" for token, value in words)
+        bits = -result.log_prob / result.tokens / math.log(2)
+        print(f"{bits:8.2f} bits a token  line {id}: {result.text}\n{'':10}oddest: {named}", flush=True)
+
+    def _answer(self, result: "Score") -> dict[str, Any]:
+        answer: dict[str, Any] = {
+            "log_prob": result.log_prob / self.nats,
+            "tokens": result.tokens,
+            "unknown": result.unknown,
+            "perplexity": result.perplexity,
+        }
+        if self.per_token:
+            answer["per_token"] = [
+                {"token": token, "log_prob": value / self.nats, "surprisal_bits": -value / math.log(2)}
+                for token, value in result.per_token
+            ]
+        return answer
+
+    def _score(self, result: "Score", text: str) -> None:
+        from unrolled.data.tokens import shown
+
+        worth = "" if result.perplexity is None else f"{result.perplexity:.2f}"
+        self._row(f"{result.log_prob / self.nats:.4f}", str(result.tokens), str(result.unknown), worth, text)
+        if self.per_token:
+            for token, value in result.per_token:
+                print(f"{value / self.nats:12.4f} {-value / math.log(2):8.2f} bits   {shown(token)}")
+
+    def _row(self, log_prob: str, tokens: str, unknown: str, perplexity: str, text: str) -> None:
+        if not self.headed:
+            print(f"{'log_prob':>12} {'tokens':>6} {'<unk>':>6} {'perplexity':>12}  text")
+            self.headed = True
+        print(f"{log_prob:>12} {tokens:>6} {unknown:>6} {perplexity:>12}  {text}", flush=True)
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:

@@ -7,12 +7,23 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 import unrolled
-from unrolled.answers import fail, figure, notice, print_epoch, print_json, print_results, print_table, read_lines, utf8
+from unrolled.answers import (
+    ScorePrinter,
+    fail,
+    figure,
+    notice,
+    print_epoch,
+    print_json,
+    print_results,
+    print_table,
+    read_lines,
+    utf8,
+)
 from unrolled.errors import UnrolledError
 from unrolled.options import Device, Json, Precision, RecipeOptions, RunFolder, Text, Whole
 from unrolled.recipe import load_recipe
@@ -138,46 +149,86 @@ def score(
     /,
     *,
     per_token: bool = False,
+    from_json: bool = False,
+    text_field: str = "text",
+    id_field: str = "id",
+    score_field: str = "score",
+    base: Literal["e", "2", "10"] = "e",
+    begin: bool = True,
+    end: bool = True,
+    carry: bool = False,
+    unknown: Literal["count", "skip", "spell"] = "count",
+    most_tokens: Whole = 1_000_000,
+    nbest: Literal["best", "all"] | None = None,
+    weight: float = 1.0,
+    other_weight: float = 1.0,
+    token_bonus: float = 0.0,
+    anomalies: Whole = 0,
     device: Device = "auto",
     precision: Precision = "f32",
     json: Json = False,
 ) -> None:
-    """How probable each line of a text is: log-probability in nats, tokens, unknown words, perplexity.
+    """How probable each line of a text is: log-probability, tokens, unknown words, perplexity.
 
-    Every line is scored afresh, from the beginning to the end of a line.
+    Lines are answered as they come, so a stream without end can be scored. A line that cannot be scored is said in its
+    place, and the rest go on.
 
     Parameters
     ----------
     per_token
-        Show every token with its log-probability, too.
+        Show every token with its log-probability and its surprisal in bits.
+    from_json
+        Lines are objects in JSON with a text, and perhaps an id, which comes back.
+    text_field, id_field, score_field
+        What these are called there.
+    base
+        Of the logarithms.
+    begin
+        The first token follows the end of a line; --no-begin: nothing, and is only read.
+    end
+        The end of the line is scored; --no-end: not.
+    carry
+        A line goes on from the one before it, as one document; otherwise every line is scored afresh.
+    unknown
+        What <unk> is worth: count, its own probability; skip, left out; spell, times that of its letters, all alike.
+    most_tokens
+        Longer lines are not scored.
+    nbest
+        Lines are an utterance's id, a score elsewhere and a hypothesis, parted by tabs (or in JSON): show each
+        utterance's best, or all, the best first, by OTHER_WEIGHT * score + WEIGHT * log_prob + TOKEN_BONUS * tokens.
+    weight, other_weight, token_bonus
+        For nbest.
+    anomalies
+        Show so many lines, the oddest by nats per token first, with their oddest words.
     """
-    from unrolled.data.tokens import shown
+    from unrolled.inference.rescore import Hypothesis, oddest, rescore
+    from unrolled.items import Scored, json_item, nbest_item, plain_item, read_items
 
+    if nbest and (anomalies or carry):
+        raise UnrolledError("--nbest goes with neither --anomalies nor --carry")
+    read = json_item(text_field, id_field, score_field) if from_json else nbest_item if nbest else plain_item
     model = unrolled.load(run, device, precision)
-    for number, line in enumerate(read_lines(file), start=1):
-        try:
-            result = model.score(line)
-        except UnrolledError as error:
-            raise UnrolledError(f"{'standard input' if file == '-' else file}, line {number}: {error}") from error
-        answer: dict[str, Any] = {
-            "id": number,
-            "log_prob": result.log_prob,
-            "tokens": result.tokens,
-            "unknown": result.unknown,
-            "perplexity": result.perplexity,
-        }
-        if json:
-            if per_token:
-                answer["per_token"] = [{"token": token, "log_prob": value} for token, value in result.per_token]
-            print_json(answer)
-            continue
-        if number == 1:
-            print(f"{'log_prob':>12} {'tokens':>6} {'<unk>':>6} {'perplexity':>12}  text")
-        worth = "" if result.perplexity is None else f"{result.perplexity:12.2f}"
-        print(f"{result.log_prob:12.4f} {result.tokens:6d} {result.unknown:6d} {worth:>12}  {line}", flush=True)
-        if per_token:
-            for token, value in result.per_token:
-                print(f"{value:12.4f}   {shown(token)}")
+    scorer = model.scorer(begin=begin, end=end, unknown=unknown, most_tokens=most_tokens)
+    scored = Scored(scorer, read_items(file, read), carry)
+    printer = ScorePrinter(per_token, base, json)
+    if nbest:
+        found = rescore(
+            (Hypothesis(item.id, item.other, result) for item, result in scored.scores()),
+            weight,
+            other_weight,
+            token_bonus,
+        )
+        for group in found.values():
+            for total, hypothesis in group if nbest == "all" else group[:1]:
+                printer.hypothesis(hypothesis.id, total, hypothesis.other, hypothesis.score)
+    elif anomalies:
+        for id, result, words in oddest(((item.id, result) for item, result in scored.scores()), anomalies):
+            printer.anomaly(id, result, words)
+    else:
+        for item, result in scored:
+            printer.line(item, result)
+    if scored.failed:
+        notice(f"{scored.failed} of {scored.seen} lines could not be scored")
 
 
 @app.command

@@ -1,7 +1,7 @@
 """A trained model in use: `unrolled.load`; and the network that a recipe describes, where it fits."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -25,7 +25,7 @@ from unrolled.recipe import Model, load_recipe
 
 if TYPE_CHECKING:
     from unrolled.inference.generate import Prediction
-    from unrolled.inference.score import Score
+    from unrolled.inference.score import Score, Scorer
 
 
 @final
@@ -81,12 +81,22 @@ class Run:
         with self._rounded():
             return generate(self.model, self.tokenizer, prompt, **options)
 
-    def score(self, text: str) -> "Score":
-        """How probable a text is: log-probability of every token, their sum, perplexity."""
-        from unrolled.inference.score import score
+    def score(self, text: str, **options: Any) -> "Score":
+        """How probable a text is: log-probability of every token, their sum, perplexity.
 
-        with self._rounded():
-            return score(self.model, self.tokenizer, text)
+        Options: begin, end, unknown, most_tokens; see `inference.score.Scorer`.
+        """
+        return self.scorer(**options).score(text)
+
+    def score_many(self, texts: Sequence[str], **options: Any) -> "list[Score | UnrolledError]":
+        """`score` of each, side by side and so much faster; an error stands in the place of what cannot be scored."""
+        return self.scorer(**options).score_many(texts)
+
+    def scorer(self, **options: Any) -> "Scorer":
+        """What scores text after text, or the lines of a document each with all before it as its context."""
+        from unrolled.inference.score import Scorer
+
+        return Scorer(self.model, self.tokenizer, rounded=self.precision == "bf16", **options)
 
     def _rounded(self) -> torch.autocast:
         """Within it products are of bf16, where that is this run's precision."""

@@ -8,6 +8,7 @@ import pytest
 from unrolled import Run, UnrolledError
 from unrolled.data.embedded import toy_text
 from unrolled.inference.evaluate import evaluate_exact
+from unrolled.inference.score import Score
 
 
 def test_a_score_is_the_sum_of_its_tokens_and_agrees_with_evaluate(toy_run: Run) -> None:
@@ -43,6 +44,60 @@ def test_a_long_text_is_scored_whole(toy_run: Run, monkeypatch: pytest.MonkeyPat
     whole = toy_run.score(text).log_prob
     monkeypatch.setattr("unrolled.inference.score._LOGITS_AT_ONCE", 500)
     assert toy_run.score(text).log_prob == pytest.approx(whole, rel=1e-6)
+
+
+def test_many_at_a_time_are_each_as_by_itself(toy_run: Run) -> None:
+    lines = [*toy_text("valid").splitlines()[:150], "", "the zebra", "the " * 300]
+    for score, line in zip(toy_run.score_many(lines), lines, strict=True):
+        alone = toy_run.score(line)
+        assert isinstance(score, Score)
+        assert [token for token, _ in score.per_token] == [token for token, _ in alone.per_token]
+        for (_, one), (_, other) in zip(score.per_token, alone.per_token, strict=True):
+            assert one == pytest.approx(other, abs=1e-4)
+
+
+def test_a_document_is_scored_as_evaluate_does(toy_run: Run) -> None:
+    text = toy_text("test")
+    scorer = toy_run.scorer(begin=False)
+    scores = [scorer.score_next(line) for line in text.splitlines()]
+    expected = toy_run.evaluate("test")
+    assert sum(score.tokens for score in scores) == expected["tokens"]
+    assert -sum(score.log_prob for score in scores) == pytest.approx(expected["nll_nats"], rel=1e-6)
+
+
+def test_a_line_that_cannot_be_scored_leaves_the_document_as_it_was(character_run: Run) -> None:
+    one, other = character_run.scorer(), character_run.scorer()
+    one.score_next("the dog")
+    with pytest.raises(UnrolledError, match="'Q' is not in"):
+        one.score_next("the Queen")
+    other.score_next("the dog")
+    assert one.score_next("walks").log_prob == other.score_next("walks").log_prob
+
+
+def test_without_begin_or_end_these_are_not_counted(toy_run: Run) -> None:
+    whole = toy_run.score("the dog walks").per_token
+    assert toy_run.score("the dog walks", end=False).per_token == [
+        (token, pytest.approx(value)) for token, value in whole[:-1]
+    ]
+    without = toy_run.score("the dog walks", begin=False).per_token
+    assert [token for token, _ in without] == ["dog", "walks", "<eos>"]
+    assert toy_run.score("", begin=False, end=False).tokens == 0
+    scorer = toy_run.scorer(end=False)
+    assert [token for token, _ in scorer.score_next("the dog").per_token] == ["the", "dog"]
+    assert [token for token, _ in scorer.score_next("walks").per_token] == ["walks"]
+
+
+@pytest.mark.parametrize("begin", [True, False])
+def test_what_unknown_words_are_worth(toy_run: Run, begin: bool) -> None:
+    text = "the zebra that sees the okapi walks"
+    counted, skipped, spelled = (toy_run.score(text, unknown=u, begin=begin) for u in ("count", "skip", "spell"))
+    unknown = math.fsum(value for token, value in counted.per_token if token == "<unk>")
+    assert skipped.log_prob == pytest.approx(counted.log_prob - unknown)
+    assert (skipped.tokens, skipped.unknown, spelled.unknown) == (counted.tokens - 2, 2, 2)
+    letters = len(set("".join(token for token in toy_run.tokenizer.vocabulary if not token.startswith("<"))))
+    assert spelled.log_prob == pytest.approx(
+        counted.log_prob - (len("zebra") + len("okapi") + 2) * math.log(letters + 1)
+    )
 
 
 def test_characters_outside_the_vocabulary_are_named(character_run: Run) -> None:

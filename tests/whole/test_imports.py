@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("inference/evaluate", "inference/generate"),
     },
     "bench": {"training", "recipe", "data", "nn", "run", "kernels"},
+    "items": {"inference/score"},
     "progress": set(),
     "pictures": {"data/tokens"},
     "report": {"run", "folder", "metrics", "inference", "recipe", "pictures"},
@@ -53,7 +54,7 @@ ORDER = {
     "kernels": ["build", "ops"],
     "nn": ["cells", "unroll", "loss", "dropout", "model", "stream"],
     "training": ["optim", "resume", "start", "stop", "loop"],
-    "inference": ["evaluate", "score", "generate", "embeddings"],
+    "inference": ["evaluate", "score", "rescore", "generate", "embeddings"],
 }
 """Within a folder a module imports only those before it."""
 
@@ -106,6 +107,7 @@ ON_DISK = {
     "metrics",
     "repair",
     "answers",
+    "items",
     "cli",
     "pictures",
     "report",

@@ -1,17 +1,25 @@
-"""Log-probability of every token of given text."""
+"""Log-probability of every token of given texts, many at a time or one document through."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal, final
 
 import numpy as np
 import torch
 
 from unrolled.data.tokens import Tokenizer
+from unrolled.errors import UnrolledError
 from unrolled.nn.loss import perplexity, token_nll
 from unrolled.nn.model import LanguageModel
+from unrolled.nn.unroll import LayerStates
 
 _LOGITS_AT_ONCE = 1 << 22
+_TEXTS_AT_ONCE = 64
+_STEPS_AT_ONCE = 128
+
+Unknown = Literal["count", "skip", "spell"]
 
 
 @dataclass(frozen=True)
@@ -38,31 +46,137 @@ class Score:
         return perplexity(-self.log_prob, self.tokens) if self.per_token else None
 
 
-@torch.inference_mode()
-def score(model: LanguageModel, tokenizer: Tokenizer, text: str) -> Score:
-    """Scores a text that begins a line, from the zero state.
+@final
+class Scorer:
+    """Scores texts under a model.
 
-    The end of the line counts as one more token, so that the probabilities of all lines sum to one, except where the
-    model knows no line ends.
+    A text begins a line in the zero state. The end of the line counts as one more token, so that the probabilities of
+    all lines sum to one, except where the model knows no line ends.
 
     Args:
         model: in evaluation mode.
         tokenizer: the model's.
-        text: one line, or several.
-
-    Raises:
-        UnrolledError: something is not in the vocabulary, and the model has no `<unk>`.
+        begin: the first token follows the end of a line; without it, it follows nothing and is only read.
+        end: the end of the line is scored.
+        unknown: what `<unk>` is worth: "count", its own probability; "skip", it is read and left out; "spell", its own
+            probability times that of its letters, all alike: 1 / (C + 1) for each and for the end of the word, where C
+            is the number of different characters in the vocabulary.
+        most_tokens: longer texts are refused.
+        rounded: products of bf16.
     """
-    ids = tokenizer.encode(text).astype(np.int64)
-    ends_lines = tokenizer.token(tokenizer.start_id) in ("\n", "<eos>")
-    end = [tokenizer.start_id] if ends_lines and not text.endswith("\n") else []
-    ids = np.concatenate([[tokenizer.start_id], ids, end]).astype(np.int64)
-    inputs = torch.from_numpy(ids).unsqueeze(1).to(model.device)  # (T + 1, 1)
-    state, log_probs = model.initial_state(1), []
-    steps = max(1, _LOGITS_AT_ONCE // model.vocab_size)
-    for window, targets in zip(inputs[:-1].split(steps), inputs[1:].split(steps), strict=True):
-        outputs, state = model.hidden(window, state)
-        log_probs += (-token_nll(outputs, model.decoder, targets)).flatten().tolist()
-    tokens = [tokenizer.token(int(id)) for _, id in pairwise(ids)]
-    unknown = 0 if tokenizer.unknown_id is None else int((ids[1:] == tokenizer.unknown_id).sum())
-    return Score(text, list(zip(tokens, log_probs, strict=True)), unknown)
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        begin: bool = True,
+        end: bool = True,
+        unknown: Unknown = "count",
+        most_tokens: int = 1_000_000,
+        rounded: bool = False,
+    ) -> None:
+        self.model, self.tokenizer, self.begin, self.unknown = model, tokenizer, begin, unknown
+        self.end = end and tokenizer.token(tokenizer.start_id) in ("\n", "<eos>")
+        self.most_tokens, self.rounded = most_tokens, rounded
+        self._states, self._before = model.initial_state(1), [tokenizer.start_id] * begin
+        if unknown == "spell":
+            letters = set("".join(token for token in tokenizer.vocabulary if not token.startswith("<")))
+            self.nats_a_letter = math.log(len(letters) + 1)
+
+    def score(self, text: str) -> Score:
+        """One text.
+
+        Raises:
+            UnrolledError: it is too long, or something is not in the vocabulary of a model without `<unk>`.
+        """
+        (score,) = self.score_many([text])
+        if isinstance(score, UnrolledError):
+            raise score
+        return score
+
+    def score_many(self, texts: Sequence[str]) -> list[Score | UnrolledError]:
+        """Each text by itself; an error stands in the place of one that cannot be scored.
+
+        They go through the model side by side, those of like length together.
+        """
+        scores: dict[int, Score | UnrolledError] = {}
+        encoded: list[tuple[int, np.ndarray]] = []
+        for number, text in enumerate(texts):
+            try:
+                encoded.append((number, self._encoded(text)))
+            except UnrolledError as error:
+                scores[number] = error
+        encoded.sort(key=lambda pair: len(pair[1]))
+        for first in range(0, len(encoded), _TEXTS_AT_ONCE):
+            chosen = encoded[first : first + _TEXTS_AT_ONCE]
+            nats, _ = self._run([ids for _, ids in chosen], self.model.initial_state(len(chosen)))
+            for (number, ids), values in zip(chosen, nats, strict=True):
+                scores[number] = self._score(texts[number], ids, values, unread=not self.begin)
+        return [scores[number] for number in range(len(texts))]
+
+    def score_next(self, line: str) -> Score:
+        """The next line of a document, with all lines before it as its context.
+
+        Raises:
+            UnrolledError: as `score`; then it is as if there had been no such line.
+        """
+        encoded, end = self._checked(line), [self.tokenizer.start_id]
+        ids, unread = np.concatenate([self._before, encoded, end]).astype(np.int64), not self._before
+        (nats,), self._states = self._run([ids], self._states)
+        self._before, kept = end, len(ids) - (not self.end)
+        return self._score(line, ids[:kept], nats[: max(kept - 1, 0)], unread)
+
+    # -------------------------------------------------------------------------------------------- within
+
+    def _encoded(self, text: str) -> np.ndarray:
+        """The ids (T + 1,) of a text and of what stands before it."""
+        ids, start = self._checked(text), [self.tokenizer.start_id]
+        before, end = start * self.begin, start * (self.end and not text.endswith("\n"))
+        return np.concatenate([before, ids, end]).astype(np.int64)
+
+    def _checked(self, text: str) -> np.ndarray:
+        ids = self.tokenizer.encode(text)
+        if len(ids) > self.most_tokens:
+            raise UnrolledError(f"{len(ids):,} tokens are more than {self.most_tokens:,}")
+        return ids
+
+    @torch.inference_mode()
+    def _run(self, texts: list[np.ndarray], states: LayerStates) -> tuple[list[np.ndarray], LayerStates]:
+        """Nats of all tokens but the first of each text, and the states after the longest."""
+        model, lengths = self.model, np.array([max(len(ids) - 1, 0) for ids in texts])
+        padded = np.zeros((lengths.max(initial=0) + 1, len(texts)), np.int64)
+        for number, ids in enumerate(texts):
+            padded[: len(ids), number] = ids
+        nats = np.zeros((len(padded) - 1, len(texts)))
+        steps = max(1, min(_STEPS_AT_ONCE, _LOGITS_AT_ONCE // (model.vocab_size * len(texts))))
+        for first in range(0, len(nats), steps):
+            window = torch.from_numpy(padded[first : first + steps + 1]).to(model.device)
+            real = np.arange(first, first + len(window) - 1)[:, None] < lengths
+            mask = torch.from_numpy(real).to(model.device)
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=self.rounded):
+                outputs, states = model.hidden(window[:-1], states)
+                values = token_nll(outputs[mask], model.decoder, window[1:][mask])
+            nats[first : first + len(real)][real] = values.double().cpu().numpy()
+        return [nats[:length, number] for number, length in enumerate(lengths)], states
+
+    def _score(self, text: str, ids: np.ndarray, nats: np.ndarray, unread: bool) -> Score:
+        """From ids (T + 1,) and nats (T,); `unread`: the text's own first token is not among those scored."""
+        tokenizer, unknown_id = self.tokenizer, self.tokenizer.unknown_id
+        tokens, log_probs = [tokenizer.token(int(id)) for _, id in pairwise(ids)], -nats
+        unknown = np.flatnonzero(ids[1:] == unknown_id) if unknown_id is not None else np.zeros(0, np.int64)
+        if len(unknown) and self.unknown == "spell":
+            spelled = self._spelled(text)
+            for place in unknown.tolist():
+                log_probs[place] -= (len(spelled[place + unread]) + 1) * self.nats_a_letter
+        per_token = list(zip(tokens, log_probs.tolist(), strict=True))
+        if self.unknown == "skip":
+            left_out = set(unknown.tolist())
+            per_token = [pair for place, pair in enumerate(per_token) if place not in left_out]
+        return Score(text, per_token, len(unknown))
+
+    def _spelled(self, text: str) -> list[str]:
+        """Each token as it stands in the text."""
+        if self.tokenizer.unit != "word":
+            return list(text)
+        lines = text.split("\n")
+        return [word for line in lines for word in [*line.split(), "\n"]]

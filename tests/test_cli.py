@@ -84,7 +84,7 @@ def test_evaluate_answers_with_every_figure(command: Command, toy_run: Run, writ
     (answer,) = command.json("evaluate", toy_run.path, "--split", "valid")
     assert set(answer) == {
         *("run", "corpus", "split", "protocol", "tokens", "nll_nats", "perplexity", "bits_per_token"),
-        *("characters", "bits_per_character", "unknown"),
+        *("characters", "bits_per_character", "unknown", "precision"),
     }
     (paper,) = command.json("evaluate", toy_run.path, "--split", "valid", "--protocol", "paper")
     assert paper["tokens"] < answer["tokens"]
@@ -100,7 +100,9 @@ def test_predict_answers_for_one_prefix_or_many(command: Command, toy_run: Run, 
     assert answer["prefix"] == "the dog"
     assert [set(word) for word in answer["words"]] == [{"word", "probability"}] * 3
     many = command.json("predict", toy_run.path, "-k", 3, stdin=write("prefixes", "the dog\nbirds\n"))
-    assert many[0] == answer
+    assert [word["word"] for word in many[0]["words"]] == [word["word"] for word in answer["words"]]
+    for one, other in zip(many[0]["words"], answer["words"], strict=True):
+        assert one["probability"] == pytest.approx(other["probability"], abs=1e-4)
     assert many[1]["prefix"] == "birds"
     _, out, _ = command("predict", toy_run.path, "the dog", "-k", 3)
     assert out.split()[1::2] == [word["word"] for word in answer["words"]]
@@ -133,6 +135,26 @@ def test_score_answers_line_by_line_in_order(command: Command, toy_run: Run, wri
     ]
     _, out, _ = command("score", toy_run.path, lines, "--per-token")
     assert "the zebra walks" in out
+
+
+def test_words_are_completed_and_several_are_predicted(command: Command, toy_run: Run) -> None:
+    (answer,) = command.json("predict", toy_run.path, "the d", "--complete")
+    assert all(word["word"].startswith("d") for word in answer["words"])
+    (answer,) = command.json("predict", toy_run.path, "the", "--words", 3, "-k", 4)
+    assert [len(word["word"].replace("\n", " <eos>").split()) for word in answer["words"]] == [3] * 4
+    assert "exclude each other" in mistake(command, "predict", toy_run.path, "the d", "--complete", "--words", 3)
+
+
+def test_several_texts_are_written(command: Command, toy_run: Run) -> None:
+    options = ("--prompt", "the dog", "--seed", 3, "--samples", 3, "--ban", "walks", "--ban", "walk", "--stop", "\n")
+    answers = command.json("generate", toy_run.path, *options, "--detokenize")
+    assert len(answers) == 3
+    for answer in answers:
+        assert "\n" not in answer["text"]
+        assert "walk" not in answer["text"].replace("walked", "").split()
+        assert answer["detokenized"].startswith("the dog")
+    status, out, _ = command("generate", toy_run.path, *options)
+    assert (status, out.count("the dog")) == (0, 3)
 
 
 def test_inspect_lists_parameters_by_name_and_shape(command: Command, toy_run: Run) -> None:

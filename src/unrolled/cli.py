@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
@@ -238,6 +238,8 @@ def predict(
     /,
     *,
     k: Annotated[Whole, Parameter(name=["-k", "--k"])] = 10,
+    complete: bool = False,
+    words: Whole = 1,
     unknown: bool = False,
     device: Device = "auto",
     precision: Precision = "f32",
@@ -249,22 +251,44 @@ def predict(
     ----------
     k
         How many.
+    complete
+        The last word is still being typed: name the words that it may become.
+    words
+        Name the likeliest so many tokens in a row, found by a beam search.
     unknown
         Let <unk> be among them.
     """
     from unrolled.data.tokens import shown
+    from unrolled.items import plain_item, read_items
 
+    if complete and words != 1:
+        raise UnrolledError("--complete and --words exclude each other")
     model = unrolled.load(run, device, precision)
-    for text in read_lines("-") if prefix is None else [utf8(prefix)]:
-        found = model.predict(text, k, unknown)
+
+    def answers(texts: list[str]) -> list[list[tuple[str, float]]]:
+        if words == 1:
+            return [found.words for found in model.predict_many(texts, k, unknown, complete)]
+        width = max(k, 20)
+        found = [model.continuations(text, words, k, width=width, unknown=unknown) for text in texts]
+        return [[(text.removeprefix(" "), math.exp(value)) for text, value in pairs] for pairs in found]
+
+    def print_answer(text: str, pairs: list[tuple[str, float]]) -> None:
         if json:
-            words = [{"word": word, "probability": value} for word, value in found.words]
-            print_json({"prefix": found.prefix, "words": words})
-            continue
-        if prefix is None:
-            print(f"{text} …")
-        for word, value in found.words:
-            print(f"{value:9.3%}  {shown(word)}")
+            print_json({"prefix": text, "words": [{"word": word, "probability": value} for word, value in pairs]})
+            return
+        print(f"{text} …\n" * (prefix is None), end="")
+        print(*(f"{value:9.3%}  {shown(word)}" for word, value in pairs), sep="\n", flush=True)
+
+    if prefix is not None:
+        print_answer(prefix, answers([utf8(prefix)])[0])
+        return
+    for batch in read_items("-", plain_item):
+        wrong = next((item for item in batch if item.error), None)
+        texts = [item.text for item in batch if not item.error]
+        for text, pairs in zip(texts, answers(texts), strict=True):
+            print_answer(text, pairs)
+        if wrong:
+            raise UnrolledError(f"standard input, line {wrong.id}: {wrong.error}")
 
 
 @app.command
@@ -278,6 +302,12 @@ def generate(
     temperature: float = 1.0,
     top_k: Whole = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    ban: Annotated[tuple[Text, ...], Parameter(negative=())] = (),
+    stop: Annotated[tuple[Text, ...], Parameter(negative=())] = (),
+    samples: Whole = 1,
+    detokenize: bool = False,
     seed: Whole | None = None,
     unknown: bool = False,
     random_start: bool = False,
@@ -301,6 +331,18 @@ def generate(
         Draw among the k likeliest only; 0 for all.
     top_p
         Draw among the likeliest that make up this share of the probability; 1 for all.
+    min_p
+        Draw among those at least so likely, as a share of the likeliest; 0 for all.
+    repetition_penalty
+        The log-probability of what has come before is multiplied by it; 1 for none.
+    ban
+        A token that is never drawn; may be given several times.
+    stop
+        The text ends before this; may be given several times.
+    samples
+        So many texts, drawn side by side.
+    detokenize
+        Text for people: punctuation beside its word, contractions whole.
     seed
         The same seed writes the same text.
     unknown
@@ -316,27 +358,38 @@ def generate(
         prompt = "\n".join(read_lines(str(prompt_file or "-")))
     prompt = utf8(prompt or "")
     model = unrolled.load(run, device, precision)
+    from unrolled.inference.detokenize import detokenize as joined
     from unrolled.inference.generate import new_seed
 
     seed = new_seed() if seed is None else seed
-    pieces = model.stream(
-        prompt,
-        length=length,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        unknown=unknown,
-        random_start=random_start,
-    )
-    if json:
-        print_json({"prompt": prompt, "text": "".join(pieces), "tokens": length, "seed": seed})
+    options: dict[str, Any] = {
+        "length": length,
+        "seed": seed,
+        "random_start": random_start,
+        "stop": stop,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "banned": ban,
+        "unknown": unknown,
+    }
+    if samples == 1 and not json and not detokenize:
+        piece = prompt
+        print(prompt, end="", flush=True)
+        for piece in model.stream(prompt, **options):
+            print(piece, end="", flush=True)
+        print("" if piece.endswith("\n") else "\n", end="")
         return
-    piece = prompt
-    print(prompt, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print("" if piece.endswith("\n") else "\n", end="")
+    texts = model.generate_many(prompt, samples, **options)
+    whole = [joined(prompt + text) if detokenize else prompt + text for text in texts]
+    for text, shown in zip(texts, whole, strict=True):
+        if json:
+            answer = {"prompt": prompt, "text": text, "tokens": length, "seed": seed}
+            print_json(answer | ({"detokenized": shown} if detokenize else {}))
+        else:
+            print(shown, end="\n\n" if samples > 1 else "\n")
 
 
 @app.command

@@ -60,12 +60,32 @@ class Run:
         _load_weights(model, tensors, path)
         return model.to(self.device).eval()
 
-    def predict(self, prefix: str = "", k: int = 10, unknown: bool = False) -> "Prediction":
-        """The k likeliest next tokens after `prefix`, with the model's probabilities; `<unk>` only if asked for."""
-        from unrolled.inference.generate import predict
+    def predict(self, prefix: str = "", k: int = 10, unknown: bool = False, complete: bool = False) -> "Prediction":
+        """The k likeliest next tokens after `prefix`, with the model's probabilities; `<unk>` only if asked for.
+
+        With `complete`, the words that the last word of `prefix`, which is still being typed, may become.
+        """
+        (found,) = self.predict_many([prefix], k, unknown, complete)
+        return found
+
+    def predict_many(
+        self, prefixes: Sequence[str], k: int = 10, unknown: bool = False, complete: bool = False
+    ) -> "list[Prediction]":
+        """`predict` of each, side by side."""
+        from unrolled.inference.generate import predict_many
 
         with self._rounded():
-            return predict(self.model, self.tokenizer, prefix, k, unknown)
+            return predict_many(self.model, self.tokenizer, prefixes, k, unknown, complete)
+
+    def continuations(self, prefix: str = "", length: int = 3, k: int = 5, **options: Any) -> list[tuple[str, float]]:
+        """The k likeliest texts of `length` tokens after `prefix`, with their log-probabilities, by beam search.
+
+        Options: width, unknown; see `inference.generate.continuations`.
+        """
+        from unrolled.inference.generate import continuations
+
+        with self._rounded():
+            return continuations(self.model, self.tokenizer, prefix, length, k, **options)
 
     def generate(self, prompt: str = "", **options: Any) -> str:
         """`prompt` continued; the options are `stream`'s."""
@@ -74,12 +94,20 @@ class Run:
     def stream(self, prompt: str = "", **options: Any) -> Iterator[str]:
         """Pieces of text that continue `prompt`, as they are drawn.
 
-        Options: length (tokens), temperature, top_k, top_p, seed, unknown; see `inference.generate.generate`.
+        Options: length (tokens), seed, stop, random_start, and what `inference.sampling.Sampling` takes: temperature,
+        top_k, top_p, min_p, repetition_penalty, banned, unknown.
         """
         from unrolled.inference.generate import generate
 
         with self._rounded():
             return generate(self.model, self.tokenizer, prompt, **options)
+
+    def generate_many(self, prompt: str = "", samples: int = 2, **options: Any) -> list[str]:
+        """Several texts that continue `prompt`, drawn side by side; the options are `stream`'s."""
+        from unrolled.inference.generate import generate_many
+
+        with self._rounded():
+            return generate_many(self.model, self.tokenizer, prompt, samples, **options)
 
     def score(self, text: str, **options: Any) -> "Score":
         """How probable a text is: log-probability of every token, their sum, perplexity.

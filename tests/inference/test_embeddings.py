@@ -8,7 +8,7 @@ from unrolled import Run, UnrolledError
 from unrolled.data.dataset import prepare
 from unrolled.data.text import open_corpus
 from unrolled.data.tokens import Vocabulary
-from unrolled.inference.embeddings import map_tokens, neighbours, token_id
+from unrolled.inference.embeddings import map_tokens, neighbours
 from unrolled.nn.model import LanguageModel
 
 
@@ -41,9 +41,9 @@ def test_a_word_that_is_no_single_token_is_named(toy_run: Run) -> None:
     with pytest.raises(UnrolledError, match="k must be at least 1, not 0"):
         neighbours(toy_run.model, toy_run.tokenizer, "dog", 0)
     pieces = prepare(open_corpus("toy"), Vocabulary("bpe", 300)).tokenizer
-    assert pieces.token(token_id(pieces, "dog")) == " dog"
+    assert pieces.token(pieces.id_of("dog")) == " dog"
     with pytest.raises(UnrolledError, match="'zebra' is not one token but"):
-        token_id(pieces, "zebra")
+        pieces.id_of("zebra")
 
 
 def test_a_map_places_the_commonest_tokens_and_its_seed_decides_it(toy_run: Run) -> None:

@@ -54,7 +54,7 @@ ORDER = {
     "kernels": ["build", "ops"],
     "nn": ["cells", "unroll", "loss", "dropout", "model", "stream"],
     "training": ["optim", "resume", "start", "stop", "loop"],
-    "inference": ["evaluate", "score", "rescore", "generate", "embeddings"],
+    "inference": ["evaluate", "score", "rescore", "detokenize", "sampling", "generate", "embeddings"],
 }
 """Within a folder a module imports only those before it."""
 

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer as Backend
 
 from unrolled.data.reading import Corpus, read_lines, read_text
 from unrolled.data.words import END_OF_LINE, Numbering, Words
-from unrolled.errors import UnrolledError
+from unrolled.errors import UnrolledError, did_you_mean
 from unrolled.files import written_whole
 
 Unit = Literal["word", "character", "byte", "bpe"]
@@ -117,6 +117,23 @@ class Tokenizer:
         if self.unit in ("word", "character"):
             return self.vocabulary[id]
         return self._bytes(id).decode(errors="replace")
+
+    def id_of(self, word: str) -> int:
+        """The id of a word that is one token.
+
+        Raises:
+            UnrolledError: it is not in the vocabulary, or several tokens.
+        """
+        if self.unit in ("word", "character"):
+            if word not in self.vocabulary:
+                raise UnrolledError(f"{word!r} is not in the model's vocabulary{did_you_mean(word, self.vocabulary)}")
+            return self.vocabulary.index(word)
+        encodings = [self.encode(text) for text in (f" {word}", word)]  # pieces nearly always begin with their space
+        found = [ids for ids in encodings if len(ids) == 1]
+        if not found:
+            pieces = " ".join(repr(self.token(int(id))) for id in encodings[0])
+            raise UnrolledError(f"{word!r} is not one token but {len(encodings[0])}: {pieces}")
+        return int(found[0][0])
 
     def _bytes(self, id: int) -> bytes:
         return bytes(_BYTE_OF[character] for character in self.vocabulary[id])

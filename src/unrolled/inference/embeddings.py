@@ -7,28 +7,10 @@ import numpy as np
 import torch
 
 from unrolled.data.tokens import Tokenizer
-from unrolled.errors import UnrolledError, did_you_mean
+from unrolled.errors import UnrolledError
 from unrolled.nn.model import LanguageModel
 
 _FEWEST_ON_A_MAP = 5
-
-
-def token_id(tokenizer: Tokenizer, word: str) -> int:
-    """The id of a word that is one token.
-
-    Raises:
-        UnrolledError: it is not in the vocabulary, or several tokens.
-    """
-    if tokenizer.unit in ("word", "character"):
-        if word not in tokenizer.vocabulary:
-            raise UnrolledError(f"{word!r} is not in the model's vocabulary{did_you_mean(word, tokenizer.vocabulary)}")
-        return tokenizer.vocabulary.index(word)
-    encodings = [tokenizer.encode(text) for text in (f" {word}", word)]  # pieces nearly always begin with their space
-    found = [ids for ids in encodings if len(ids) == 1]
-    if not found:
-        pieces = " ".join(repr(tokenizer.token(int(id))) for id in encodings[0])
-        raise UnrolledError(f"{word!r} is not one token but {len(encodings[0])}: {pieces}")
-    return int(found[0][0])
 
 
 @torch.inference_mode()
@@ -49,7 +31,7 @@ def neighbours(model: LanguageModel, tokenizer: Tokenizer, word: str, k: int = 1
     """
     if k < 1:
         raise UnrolledError(f"-k must be at least 1, not {k}")
-    id = token_id(tokenizer, word)
+    id = tokenizer.id_of(word)
     vectors = torch.nn.functional.normalize(model.token_vectors.float(), dim=-1)
     similarity = vectors @ vectors[id]
     similarity[id] = -torch.inf

@@ -38,6 +38,7 @@ class Stream:
             narrow = torch.is_autocast_enabled("cpu")
             self._packed = ops.pack(layers, embedding, decoder.weight, decoder.bias, narrow)
             self._state = torch.cat([tensor.flatten() for state in states for tensor in state])
+            self._streams = len(states[0][0])
 
     @torch.inference_mode()
     def read(self, ids: Tensor) -> Tensor:
@@ -46,6 +47,15 @@ class Stream:
             return self._read_plain(ids)
         logits, normaliser = torch.ops.unrolled.step(self._packed, ids, self._state, self.model.vocab_size)
         return logits[:, : self.model.vocab_size] - normaliser.unsqueeze(-1)
+
+    def pick(self, rows: Tensor) -> None:
+        """The texts go on as these of them (N,), in this order, any of them as often as it is named."""
+        if self._packed is None:
+            self._states = tuple(tuple(part[rows] for part in state) for state in self._states)
+            return
+        parts = self._state.split([self._streams * part.shape[1] for state in self._states for part in state])
+        self._state = torch.cat([part.view(self._streams, -1)[rows].flatten() for part in parts])
+        self._streams = len(rows)
 
     def likeliest(self, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """ids (1,) -> the k largest log-probabilities of what follows, falling, and the ids that have them."""

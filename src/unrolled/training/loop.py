@@ -111,12 +111,13 @@ def train(
     device = pick_device(recipe.training.device)
     recipe = recipe.changed({"training.precision": start.settle_precision(recipe.training.precision, device)})
     dataset = start.resumed_dataset(path, recipe, changes) if resume else start.make_dataset(recipe, progress)
+    windows = Windows(dataset.ids["train"], recipe.training.batch_size, recipe.training.num_steps)
     refuse_what_cannot_fit(start.memory_needed(recipe, len(dataset.tokenizer)))
     with folder.locked(path):
         folder.sweep(path)
         if not resume:
             folder.create(path, recipe, changes, dataset, start.identity(recipe, dataset))
-        return _train(path, recipe, changes, dataset, device, resume, progress)
+        return _train(path, recipe, changes, dataset, windows, device, resume, progress)
 
 
 def _train(
@@ -124,6 +125,7 @@ def _train(
     recipe: Recipe,
     changes: dict[str, Any],
     dataset: Dataset,
+    windows: Windows,
     device: torch.device,
     resume: bool,
     progress: Progress,
@@ -132,7 +134,6 @@ def _train(
     training = recipe.training
     torch.manual_seed(training.seed)
     model = build_model(recipe.model, len(dataset.tokenizer)).to(device)
-    windows = Windows(dataset.ids["train"], training.batch_size, training.num_steps)
     keeper = Keeper(path, folder.read_manifest(path).get("id"), training, model, make_optimizer(model, training))
     position = keeper.position
     if resume:

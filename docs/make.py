@@ -1,13 +1,15 @@
-"""Makes what in docs/ comes from the code: commands.md, windows.svg, results/*.svg. Run by `make docs`.
+"""Makes what in docs/ comes from code and records: commands.md, windows.svg, results/*.svg. Run by `make docs`.
 
 python docs/make.py [FOLDER]             with --tour the notebook is run anew and tour.md made from it
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from unrolled.cli import app
 from unrolled.data.batches import Windows
@@ -27,6 +29,10 @@ def main(into: Path) -> None:
         pages.setdefault("text8" if name.startswith("text8") else name, {})[name] = read_metrics(metrics)
     for page, runs in pages.items():
         write_picture(perplexity_chart(runs), into / "results" / f"{page}.svg")
+    for name, drawn in (("speed", speed_chart), ("growth", growth_chart)):
+        if (record := DOCS / "results" / f"{name}.jsonl").exists():
+            lines = [json.loads(line) for line in record.read_text().splitlines()]
+            write_picture(drawn(lines), into / "results" / f"{name}.svg")
 
 
 def tour(path: Path) -> str:
@@ -51,6 +57,50 @@ def commands() -> str:
     """The help of every command, as Markdown."""
     text = app.generate_docs(output_format="markdown", heading_level=1)
     return "<!-- made by docs/make.py from src/unrolled/cli.py -->\n\n" + text.rstrip() + "\n"
+
+
+def speed_chart(records: list[dict[str, Any]]) -> Figure:
+    """How many times as fast as the baseline each subject trains, by recipe."""
+    trained = [record for record in records if record["task"] == "train"]
+    recipes = list(dict.fromkeys(record["recipe"] for record in trained))
+    figure = Figure(figsize=(8, 1.2 + 0.22 * len(trained)), layout="constrained")
+    heights = [sum(record["recipe"] == recipe for record in trained) for recipe in recipes]
+    axes = figure.subplots(len(recipes), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+    for axis, recipe in zip(axes, recipes, strict=True):
+        rows = sorted((r for r in trained if r["recipe"] == recipe), key=lambda r: r["ratio_to_baseline"])
+        ratios = [row["ratio_to_baseline"] for row in rows]
+        colours = [COLOURS[0] if row["subject"].startswith("unrolled") else "#bbbbbb" for row in rows]
+        axis.barh([row["subject"] for row in rows], ratios, color=colours)
+        for number, row in enumerate(rows):
+            text = f"{row['ratio_to_baseline']:.2f}   {row['median']:,.0f} tokens/s"
+            axis.annotate(text, (row["ratio_to_baseline"], number), (4, 0), textcoords="offset points", va="center")
+        axis.set_title(recipe, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_xlim(0, 1.35 * max(ratios))
+    axes[-1].set_xlabel("times the speed of torch f32")
+    return figure
+
+
+def growth_chart(records: list[dict[str, Any]]) -> Figure:
+    """Speed above, memory below, against what grows."""
+    kinds = list(dict.fromkeys(record["grows"] for record in records))
+    subjects = list(dict.fromkeys(record["subject"] for record in records))
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    axes = figure.subplots(2, len(kinds), squeeze=False)
+    for column, kind in enumerate(kinds):
+        for row, (field, label) in enumerate((("tokens_per_second", "tokens/s"), ("peak_memory_mib", "MiB"))):
+            axis = axes[row, column]
+            for number, subject in enumerate(subjects):
+                points = [(r["size"], r[field]) for r in records if (r["grows"], r["subject"]) == (kind, subject)]
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, color=COLOURS[number], label=subject)
+            axis.set_xscale("linear" if kind == "threads" else "log")
+            axis.set_ylim(bottom=0)
+            axis.yaxis.set_major_formatter("{x:,.6g}")
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.set_xlabel(kind.replace("_", " ") if row else "")
+            axis.set_ylabel(label if not column else "")
+    axes[0, 0].legend(frameon=False)
+    return figure
 
 
 def windows_drawing() -> str:

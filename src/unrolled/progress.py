@@ -84,7 +84,7 @@ class Display:
             self.live.update(self.task, completed=event["window"], epoch=event["epoch"], figures=figures)
         elif event["window"] % max(1, event["windows"] // 10) == 0 or time.monotonic() - self.said_at > _SILENCE_S:
             done = event["window"] / event["windows"]
-            left = (1 - done) * event["tokens_an_epoch"] / event["tokens_per_second"]
+            left = (1 - done) * event["tokens_an_epoch"] / max(event["tokens_per_second"], 1e-9)
             shown = f"  {left:,.0f} s left of it" if done < 1 else ""
             self._say(
                 f"epoch {event['epoch']:3d}  {done:4.0%}  perplexity {event['train_perplexity']:9,.2f}  "

@@ -197,7 +197,7 @@ def _train_epochs(
         return figures
 
     def sampled() -> dict[str, str]:
-        if not training.sample_length:
+        if not training.sample_length or not keeper.is_sound():
             return {}
         model.eval()
         return {"sample": sample(model, dataset.tokenizer, training.sample_length, training.seed + position.step)}
@@ -310,7 +310,7 @@ class _Clock:
 
     def leave_out(self, tokens_per_second: float) -> None:
         """What was not training since the speed was read is not to lower it."""
-        self.epoch_begun = time.monotonic() - (self.position.tokens - self.tokens_before) / tokens_per_second
+        self.epoch_begun = time.monotonic() - (self.position.tokens - self.tokens_before) / max(tokens_per_second, 1e-9)
 
     def read(self) -> float:
         self.position.elapsed_s = time.monotonic() - self.begun

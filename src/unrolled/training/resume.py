@@ -119,7 +119,7 @@ class Keeper:
     ) -> None:
         self.path, self.id, self.training, self.model, self.optimizer = path, id, training, model, optimizer
         self.position, self.states = Position(), model.initial_state(training.batch_size)
-        self._saved_at = self._saved_in = 0.0
+        self._saved_at, self._saved_in = time.monotonic(), 0.0
 
     def keep_if_best(self, valid_perplexity: float) -> bool:
         """Writes the weights where none have done better; whether they did."""
@@ -139,6 +139,10 @@ class Keeper:
         metadata = {"epoch": str(epoch)} | ({"run": self.id} if self.id else {})
         write_tensors(self.path / "model.safetensors", self.model.state_dict(), metadata)
 
+    def is_sound(self) -> bool:
+        """Whether all weights are finite."""
+        return all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
+
     def is_due(self) -> bool:
         """Whether to save: every so many steps and seconds, where it takes no more than its share of the time."""
         since, every = time.monotonic() - self._saved_at, self.training.save_every
@@ -146,9 +150,9 @@ class Keeper:
         return wanted and since > self._saved_in / SAVING_SHARE and not self.position.skipped_in_a_row
 
     def save(self, states: LayerStates) -> None:
-        """Writes the resume point, but for within an accident."""
+        """Writes the resume point, unless the last one is the better: within an accident, or with spoilt weights."""
         self.states, begun = states, time.monotonic()
-        if self.position.skipped_in_a_row:
+        if self.position.skipped_in_a_row or not self.is_sound():
             return
         save_point(self.path, self.id, self.position, self.model, self.optimizer, states)
         self._saved_at = time.monotonic()

@@ -46,7 +46,7 @@ from unrolled.training.resume import Position
 
 Work = Callable[[int], None]
 
-BASELINE = "torch f32"
+BASELINE, PRODUCTS = "torch f32", "products alone, torch bf16"
 TASKS = {"train": "tokens/s", "score": "tokens/s", "next-word": "µs"}
 SCORED_STREAMS = 64
 _CEILING, _CEILING_SIZE = "ceiling", 2048
@@ -236,6 +236,34 @@ def plain(task: str, case: Case, precision: str, compiled: bool = False) -> Work
     return {"train": train, "score": score, "next-word": next_word}[task]
 
 
+def products(case: Case) -> Work:
+    """The matrix products of a training step by PyTorch in bf16, and nothing else: what they allow at these shapes."""
+    model, training = build_model(case.recipe.model, case.vocab_size), case.recipe.training
+    streams, tokens = training.batch_size, training.batch_size * training.num_steps
+    shapes: list[tuple[int, int, int, int]] = []  # rows, depth, columns; how often
+    for number, cell in enumerate(model.layers):
+        slots, hidden = cell.weight_hh.shape
+        shapes += [(streams, hidden, slots, training.num_steps), (streams, slots, hidden, training.num_steps)]
+        shapes += [(slots, tokens, hidden, 1)]
+        if number or case.recipe.model.embedding_size:
+            inputs = cell.weight_ih.shape[1]
+            shapes += [(tokens, inputs, slots, 1), (tokens, slots, inputs, 1), (slots, tokens, inputs, 1)]
+    top, words = model.layers[-1].hidden_size, case.vocab_size
+    shapes += [(tokens, top, words, 1), (tokens, words, top, 1), (words, tokens, top, 1)]
+    pairs = [
+        (torch.ones(rows, depth, dtype=torch.bfloat16), torch.ones(depth, columns, dtype=torch.bfloat16), times)
+        for rows, depth, columns, times in shapes
+    ]
+
+    def train(count: int) -> None:
+        for _ in range(count):
+            for a, b, times in pairs:
+                for _ in range(times):
+                    a @ b
+
+    return train
+
+
 def peer(command: str, case: Case) -> Work:
     """Training by another program, which keeps to the protocol at the head of this file."""
     with tempfile.NamedTemporaryFile(suffix=".npy", delete=False) as file:
@@ -266,6 +294,7 @@ SUBJECTS: dict[str, Callable[[str, Case], Work]] = {
     "unrolled bf16": lambda task, case: ours(task, case, "bf16"),
     "unrolled f32": lambda task, case: ours(task, case, "f32"),
     "unrolled on PyTorch alone": lambda task, case: ours(task, case, "bf16", kernels=False),
+    PRODUCTS: lambda task, case: products(case),
 }
 
 
@@ -303,7 +332,9 @@ def bench(
     for task in tasks:
         tokens = {"train": training.batch_size, "score": SCORED_STREAMS, "next-word": 1}[task]
         tokens *= 1 if task == "next-word" else training.num_steps
-        names = list(dict.fromkeys((BASELINE, *(name for name in subjects if task == "train" or "=" not in name))))
+        names = list(
+            dict.fromkeys((BASELINE, *(name for name in subjects if task == "train" or not _only_trains(name))))
+        )
         speeds: dict[str, list[float]] = {name: [] for name in (*names, _CEILING)}
         with ExitStack() as stack:
             workers = {name: stack.enter_context(_Worker(recipe, task, name, seconds)) for name in speeds}
@@ -382,6 +413,10 @@ def _serve(connection: Connection, recipe: str, task: str, subject: str, seconds
         else:
             most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
             connection.send(None if "=" in subject else most / (2**20 if sys.platform == "darwin" else 2**10))
+
+
+def _only_trains(subject: str) -> bool:
+    return "=" in subject or subject == PRODUCTS
 
 
 def _subject(name: str, task: str, case: Case) -> Work:

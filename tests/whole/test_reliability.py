@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import tomllib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,20 @@ from typing import Any
 import pytest
 import torch
 from fuzz import TARGETS, prepare_folder, run_cases
+from hypothesis import given
+from hypothesis.strategies import (
+    binary,
+    booleans,
+    dictionaries,
+    floats,
+    integers,
+    lists,
+    none,
+    one_of,
+    recursive,
+    sampled_from,
+    text,
+)
 from kills import kill_loop
 
 import unrolled
@@ -24,9 +39,10 @@ from unrolled import Run, UnrolledError, folder
 from unrolled.data.batches import Windows
 from unrolled.files import write_whole
 from unrolled.folder import read_tensors
+from unrolled.items import json_item, nbest_item, plain_item
 from unrolled.metrics import append_metrics, damaged_metrics, read_metrics
 from unrolled.nn.model import LanguageModel
-from unrolled.recipe import Recipe
+from unrolled.recipe import FIELDS, Recipe, load_recipe
 from unrolled.repair import repair
 from unrolled.training.loop import run_epoch
 from unrolled.training.optim import make_optimizer
@@ -394,3 +410,38 @@ def victims(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
 def test_files_from_strangers_are_harmless(victims: Path, tmp_path: Path, target: str) -> None:
     shutil.copytree(victims, tmp_path, dirs_exist_ok=True)
     assert run_cases(tmp_path, target, seed=0, count=50) == []
+
+
+@given(content=one_of(binary(max_size=300), text(max_size=300).map(lambda text: text.encode(errors="surrogatepass"))))
+def test_any_bytes_are_a_recipe_or_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    file = tmp_path_factory.getbasetemp() / "any.toml"
+    file.write_bytes(content)
+    with suppress(UnrolledError):
+        assert load_recipe(file).to_toml()
+
+
+VALUES = recursive(
+    one_of(none(), booleans(), integers(), floats(), text(max_size=20)),
+    lambda inner: one_of(lists(inner, max_size=3), dictionaries(text(max_size=10), inner, max_size=3)),
+    max_leaves=5,
+)
+
+
+@given(name=sampled_from(FIELDS), value=VALUES)
+def test_any_value_of_a_field_is_taken_or_refused(name: str, value: Any) -> None:
+    with suppress(UnrolledError):
+        recipe = Recipe().changed({name: value})
+        assert Recipe.model_validate(tomllib.loads(recipe.to_toml())) == recipe
+
+
+@given(line=one_of(VALUES.map(json.dumps), text(max_size=100)))
+def test_any_line_is_an_item_or_refused(line: str) -> None:
+    for read in (plain_item, nbest_item, json_item("text", "id", "score")):
+        with suppress(UnrolledError):
+            assert isinstance(read(1, line).text, str)
+
+
+@given(line=text(max_size=60))
+def test_any_text_is_scored_or_refused(toy_run: Run, line: str) -> None:
+    (result,) = toy_run.score_many([line])
+    assert isinstance(result, UnrolledError) or math.isfinite(result.log_prob)

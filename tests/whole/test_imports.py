@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
 }
 ORDER = {
-    "data": ["embedded", "archives", "reading", "text", "words", "tokens", "dataset", "batches"],
+    "data": ["embedded", "archives", "reading", "text", "words", "backends", "tokens", "dataset", "batches"],
     "kernels": ["build", "ops"],
     "nn": ["cells", "unroll", "loss", "dropout", "model", "stream"],
     "training": ["optim", "resume", "start", "stop", "loop"],

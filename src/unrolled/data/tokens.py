@@ -11,31 +11,34 @@ have a fast twin here that gives the same ids (tests hold them together), at sev
 
 import codecs
 import itertools
-import json
-import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import IO, Any, Literal, final
+from typing import IO, final
 
 import numpy as np
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
+from unrolled.data.backends import (
+    BYTE_OF,
+    BYTE_TOKENS,
+    LONGEST_BPE_WORD,
+    UNKNOWN,
+    Unit,
+    bpe_backend,
+    bpe_pre_tokenizer,
+    byte_backend,
+    level_backend,
+    read_backend,
+)
 from unrolled.data.reading import Corpus, read_lines, read_text
 from unrolled.data.words import END_OF_LINE, Numbering, Words
 from unrolled.errors import UnrolledError, did_you_mean
 from unrolled.files import written_whole
 
-Unit = Literal["word", "character", "byte", "bpe"]
-UNKNOWN = "<unk>"
-DEFAULT_BPE_SIZE = 8_000
-_LONGEST_BPE_WORD = 256
-"""Characters; the library takes more than quadratic time over a word, and a text may have no spaces at all."""
 _MAX_UNICODE = 0x110000
-_AROUND_THE_MODEL = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "added_tokens")
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Tokenizer:
         self._ids = _Ids((token, number) for number, token in enumerate(self.vocabulary))
         self.unknown_id = self._ids.get(UNKNOWN) if self.unit in ("word", "character") else None
         self._ids.default = self.unknown_id
-        line_end = {"word": END_OF_LINE, "character": "\n"}.get(self.unit, _BYTE_TOKENS[ord("\n")])
+        line_end = {"word": END_OF_LINE, "character": "\n"}.get(self.unit, BYTE_TOKENS[ord("\n")])
         self.start_id = self._ids.get(line_end, self._ids.get(" ", 0))
         self.dtype = smallest_dtype(len(self.vocabulary))
         self._encode = {
@@ -136,7 +139,7 @@ class Tokenizer:
         return int(found[0][0])
 
     def _bytes(self, id: int) -> bytes:
-        return bytes(_BYTE_OF[character] for character in self.vocabulary[id])
+        return bytes(BYTE_OF[character] for character in self.vocabulary[id])
 
     def decoder(self) -> Callable[[int], str]:
         """A function from the next id to the text that it adds; `decode` and streaming are the same.
@@ -181,16 +184,11 @@ class Tokenizer:
             UnrolledError: the file is not one of ours.
         """
         try:
-            description = json.loads(path.read_text(encoding="utf-8"))
-            unit = _unit_of(description)
-            backend = _rebuilt(description["model"], unit)
+            backend, unit = read_backend(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise UnrolledError(f"{path} is missing") from error
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError, UnrolledError) as error:
             raise UnrolledError(f"{path} is not a tokenizer of Unrolled: {error}") from error
-        ours = json.loads(backend.to_str())
-        if any(description.get(part) != ours.get(part) for part in _AROUND_THE_MODEL):
-            raise UnrolledError(f"{path} is not a tokenizer of Unrolled: not as it makes those of {unit}s")
         return cls(backend, unit)
 
 
@@ -218,7 +216,7 @@ class _Pieces:
     def __init__(self, backend: Backend, token_bytes: list[int]) -> None:
         self.backend = backend
         self.backend_for_short_words = Backend.from_str(backend.to_str())
-        self.backend_for_short_words.pre_tokenizer = _bpe_pre_tokenizer(long_words=False)
+        self.backend_for_short_words.pre_tokenizer = bpe_pre_tokenizer(long_words=False)
         self.token_bytes = np.array(token_bytes, np.int64)
         self._forget()
 
@@ -235,7 +233,7 @@ class _Pieces:
         numbers = self.words(text)
         if fresh := list(itertools.islice(self.numbering, known, None)):
             self.characters += sum(map(len, fresh))
-            short = max(map(len, fresh)) < _LONGEST_BPE_WORD
+            short = max(map(len, fresh)) < LONGEST_BPE_WORD
             backend = self.backend_for_short_words if short else self.backend
             ids = np.array(backend.encode_batch_fast(["".join(fresh)])[0].ids, np.uint32)
             word_stops = np.cumsum([len(word.encode()) for word in fresh])
@@ -271,12 +269,12 @@ def learn(corpus: Corpus, vocabulary: Vocabulary, folder: Path) -> Tokenizer:
     the ids of the training text fall out on the way, they are left in `folder`.
     """
     if vocabulary.unit == "byte":
-        return Tokenizer(_byte_backend(), "byte")
+        return Tokenizer(byte_backend(), "byte")
     if vocabulary.unit == "bpe":
-        return Tokenizer(_bpe_backend(read_lines(corpus, "train"), vocabulary), "bpe")
+        return Tokenizer(bpe_backend(read_lines(corpus, "train"), vocabulary.size, vocabulary.min_count), "bpe")
     if vocabulary.unit == "character":
         counts = _count_characters(read_text(corpus, "train"))
-        return Tokenizer(_level_backend(_ranked(counts, vocabulary), "character"), "character")
+        return Tokenizer(level_backend(_ranked(counts, vocabulary), "character"), "character")
     return _learn_words(corpus, vocabulary, folder)
 
 
@@ -291,7 +289,7 @@ def _learn_words(corpus: Corpus, vocabulary: Vocabulary, folder: Path) -> Tokeni
         for block in _blocks(numbered):
             counts += np.bincount(block, minlength=len(numbering))
         ranked = _ranked(dict(zip(numbering, counts.tolist(), strict=True)), vocabulary)
-        tokenizer = Tokenizer(_level_backend(ranked, "word"), "word")
+        tokenizer = Tokenizer(level_backend(ranked, "word"), "word")
         ids = np.fromiter((tokenizer._ids[word] for word in numbering), tokenizer.dtype, len(numbering))
         for block in _blocks(numbered):
             file.write(ids[block].tobytes())
@@ -360,104 +358,3 @@ def sum_counts(ids: np.ndarray, vocab_size: int) -> np.ndarray:
 def smallest_dtype(vocab_size: int) -> np.dtype:
     """The smallest unsigned integer type for ids below `vocab_size`."""
     return np.min_scalar_type(max(vocab_size - 1, 0))
-
-
-# ------------------------------------------------------------------------------------------------ tokenizer.json
-
-
-def _level_backend(vocabulary: list[str], unit: Unit) -> Backend:
-    ids = {token: number for number, token in enumerate(vocabulary)}
-    unknown = {"unk_token": UNKNOWN} if UNKNOWN in ids else {}
-    backend = Backend(models.WordLevel(ids, **unknown))
-    if unit == "word":
-        separators = normalizers.Replace(Regex("[\\x1c-\\x1f]"), " ")  # white space to Python, not to the library
-        line_ends = normalizers.Replace("\n", f" {END_OF_LINE} ")
-        backend.normalizer = normalizers.Sequence([separators, line_ends])
-        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    else:
-        backend.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
-        backend.decoder = decoders.Fuse()
-    return backend
-
-
-def _byte_characters() -> list[str]:
-    """The printable character that byte-level tokenizers write for each byte (GPT-2's table)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
-
-
-_BYTE_TOKENS = _byte_characters()
-_BYTE_OF = {character: byte for byte, character in enumerate(_BYTE_TOKENS)}
-
-
-def _byte_backend() -> Backend:
-    backend = Backend(models.BPE({token: byte for byte, token in enumerate(_BYTE_TOKENS)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-def _bpe_backend(lines: Iterable[str], vocabulary: Vocabulary) -> Backend:
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = _bpe_pre_tokenizer(long_words=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=max(vocabulary.size or DEFAULT_BPE_SIZE, 256),
-        min_frequency=vocabulary.min_count,
-        initial_alphabet=_BYTE_TOKENS,
-        show_progress=False,
-    )
-    backend.train_from_iterator(map(_with_long_words_cut, lines), trainer)  # faster than by the library
-    backend.pre_tokenizer = _bpe_pre_tokenizer(long_words=True)
-    return backend
-
-
-def _with_long_words_cut(text: str) -> str:
-    if max(map(len, text.split()), default=0) < _LONGEST_BPE_WORD:
-        return text
-    return re.sub(rf"\S{{{_LONGEST_BPE_WORD}}}", "\\g<0>\n", text)
-
-
-def _bpe_pre_tokenizer(long_words: bool) -> pre_tokenizers.PreTokenizer:
-    """GPT-2's pattern within lines, so that lines may be encoded one by one; long words cut, or none expected."""
-    cuts = ["\n", rf"\S{{{_LONGEST_BPE_WORD}}}"][: 1 + long_words]
-    splits = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in cuts]
-    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-
-
-def _rebuilt(model: dict[str, Any], unit: Unit) -> Backend:
-    """The tokenizer that we make with the vocabulary of a file's model; the library itself panics over some of them.
-
-    Raises:
-        UnrolledError, LookupError, TypeError, ValueError: it has none, or one with gaps.
-    """
-    for token in model["vocab"]:
-        token.encode()  # no half characters
-    vocabulary = sorted(model["vocab"], key=model["vocab"].__getitem__)
-    if not vocabulary or [model["vocab"][token] for token in vocabulary] != list(range(len(vocabulary))):
-        raise UnrolledError("its ids are not 0, 1, 2, …")
-    if unit == "byte":
-        return _byte_backend()
-    if unit != "bpe":
-        if unit == "character" and any(len(token) != 1 for token in vocabulary if token != UNKNOWN):
-            raise UnrolledError("its characters are longer than one")
-        return _level_backend(vocabulary, unit)
-    if not set(_BYTE_TOKENS) <= set(vocabulary) or not all(set(token) <= _BYTE_OF.keys() for token in vocabulary):
-        raise UnrolledError("its pieces are not of bytes")
-    merges = [(left, right) for left, right in model["merges"]]
-    if not all({left, right, left + right} <= model["vocab"].keys() for left, right in merges):
-        raise UnrolledError("it merges what is not in its vocabulary")
-    backend = Backend(models.BPE(model["vocab"], merges))
-    backend.pre_tokenizer = _bpe_pre_tokenizer(long_words=True)
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-def _unit_of(description: dict[str, Any]) -> Unit:
-    model = description["model"]
-    if model["type"] == "WordLevel":
-        return "word" if description["pre_tokenizer"]["type"] == "WhitespaceSplit" else "character"
-    if model["type"] == "BPE":
-        return "byte" if description["pre_tokenizer"]["type"] == "ByteLevel" else "bpe"
-    raise UnrolledError(f"a tokenizer of type {model['type']}")

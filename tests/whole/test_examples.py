@@ -37,5 +37,8 @@ def test_the_minimal_example_trains(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "examples" / "minimal.py"), str(tmp_path / "mine.txt")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
-    assert [line.split(":")[0] for line in lines[:4]] == [f"epoch {number}" for number in range(1, 5)]
-    assert float(lines[4].removeprefix("test perplexity ")) < 1.5
+    assert [line.split(":")[0] for line in lines[:5]] == [
+        "before training",
+        *(f"epoch {number}" for number in range(1, 5)),
+    ]
+    assert float(lines[5].removeprefix("test perplexity ")) < 1.5

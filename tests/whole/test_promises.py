@@ -277,7 +277,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tmp_path: Pat
 def test_a_rate_that_blows_up_is_said_and_reaches_no_saved_weights(tmp_path: Path) -> None:
     changes = SMALL | {"training.learning_rate": 1e38, "training.optimizer": "sgd", "training.save_every_s": 1e9}
     path = tmp_path / "run"
-    with pytest.raises(unrolled.UnrolledError, match=r"the gradient is not finite at step [0-9]+; lower --training"):
+    with pytest.raises(unrolled.UnrolledError, match=r"no finite loss and gradient.* lower --training"):
         unrolled.train("ptb-small", data="toy", out=path, changes=changes)
     tensors, _ = read_tensors(path / "last/resume.safetensors")
     assert all(tensor.isfinite().all() for name, tensor in tensors.items() if name.startswith("model."))

@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from unrolled.bench import Case, ours, plain
 from unrolled.data.dataset import prepare
 from unrolled.data.text import open_corpus
 from unrolled.data.tokens import Vocabulary
 from unrolled.files import cache_folder
 from unrolled.recipe import load_recipe
+from unrolled.subjects import Case, ours, plain
 
 VOCAB_SIZE, THREADS, MILLION = 10_000, 2, 1_000_000
 CASES: list[tuple[str, list[int]]] = [

@@ -38,7 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "kernels",
         *("inference/evaluate", "inference/generate"),
     },
-    "bench": {"training", "recipe", "data", "nn", "run", "kernels"},
+    "subjects": {"training", "recipe", "data", "nn", "run", "kernels"},
+    "bench": {"recipe", "subjects"},
     "items": {"inference/score"},
     "progress": set(),
     "pictures": {"data/tokens"},
@@ -135,7 +136,7 @@ def test_the_network_and_the_optimiser_keep_to_their_rooms() -> None:
         if module.startswith("nn/"):
             assert "optim." not in text
             assert "pathlib" not in text
-        if not module.startswith("training/") and module != "bench":  # where PyTorch is timed as others use it
+        if not module.startswith("training/") and module != "subjects":  # where PyTorch is timed as others use it
             assert "torch.optim" not in text
 
 

@@ -1,7 +1,7 @@
 """What `bench` times: a recipe's training, scoring and next words by us, by PyTorch's own layers, by other programs.
 
 Every subject is a function that makes the work ready and returns `work(count)`, which does so many steps of it. It may
-also be a program, NAME=COMMAND, such as benchmarks/peers/jax_lm.py in an environment of its own, which is given the work
+also be a program, NAME=COMMAND, such as benchmarks/peers/jax_lm.py in an environment of its own, that is given the work
 as JSON {"recipe", "ids" (a .npy file), "vocab_size"}, and answers every count on its standard input with a line when it
 has taken so many training steps.
 """

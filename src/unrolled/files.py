@@ -30,7 +30,7 @@ def written_whole(path: Path, previous: Path | None = None) -> Iterator[IO[bytes
     except BaseException as error:
         with suppress(OSError):
             Path(temporary).unlink()
-        if isinstance(error, OSError) and error.filename in (None, temporary):
+        if isinstance(error, OSError) and error.errno and error.filename in (None, temporary):
             error.filename = str(path)  # the one that its reader knows
         raise
     _sync_folder(path.parent)

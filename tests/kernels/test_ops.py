@@ -185,6 +185,16 @@ def test_dropout_drops_the_share_it_is_asked_to_and_no_two_alike() -> None:
     assert torch.equal(dropout.eval()(torch.ones(100)), torch.ones(100))
 
 
+def test_dropout_masks_have_nothing_to_do_with_each_other() -> None:
+    """Neither those of two steps, nor a mask with itself some places on; an estimate's deviation is 1 / sqrt(N)."""
+    torch.manual_seed(0)
+    dropout, size = Dropout(0.5), 700 * 650
+    first, second = (dropout(torch.ones(size)) - 1 for _ in range(2))
+    for shift in (0, 1, 650, 13_000):
+        assert abs((first.roll(shift) * second).mean().item()) < 5 * size**-0.5
+        assert shift == 0 or abs((first.roll(shift) * first).mean().item()) < 5 * size**-0.5
+
+
 @given(
     sizes=sampled_from([(1,), (5, 3), (4096, 17, 1), (10_000, 300)]),
     scale=sampled_from([1e-3, 1.0, 1e3]),

@@ -15,6 +15,7 @@ import pytest
 from unrolled import Run
 from unrolled.cli import main
 from unrolled.data import archives
+from unrolled.data.embedded import toy_text
 from unrolled.data.text import KNOWN, KnownCorpus
 
 Write = Callable[[str, bytes | str], Path]
@@ -415,6 +416,16 @@ def test_logarithms_have_the_base_that_is_asked_for(command: Command, toy_run: R
     assert tens["log_prob"] == pytest.approx(nats["log_prob"] / math.log(10))
     for one, other in zip(nats["per_token"], bits["per_token"], strict=True):
         assert one["surprisal_bits"] == other["surprisal_bits"] == pytest.approx(-other["log_prob"])
+
+
+def test_a_document_is_scored_as_evaluate_does(command: Command, toy_run: Run, write: Write) -> None:
+    text = write("test.txt", toy_text("test"))
+    (expected,) = command.json("evaluate", toy_run.path)
+    answers = command.json("score", toy_run.path, text, "--carry", "--no-begin")
+    assert sum(answer["tokens"] for answer in answers) == expected["tokens"]
+    assert -sum(answer["log_prob"] for answer in answers) == pytest.approx(expected["nll_nats"], rel=1e-6)
+    (answer,) = command.json("score", toy_run.path, write("line", "the dog"), "--no-end", "--no-begin")
+    assert answer["tokens"] == 1
 
 
 def test_the_best_hypothesis_of_each_utterance(command: Command, toy_run: Run, write: Write) -> None:

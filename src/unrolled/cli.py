@@ -393,6 +393,78 @@ def generate(
 
 
 @app.command
+def serve(
+    *runs: RunFolder,
+    host: str = "127.0.0.1",
+    port: Whole = 8000,
+    token: str | None = None,
+    device: Device = "auto",
+    precision: Precision = "f32",
+    threads: Annotated[Whole, Parameter(show_default=False)] = 0,
+    most_tokens: Whole = 200_000,
+    most_samples: Whole = 64,
+    most_seconds: float = 60.0,
+    most_requests: Whole = 256,
+    most_sessions: Whole = 1_000,
+) -> None:
+    """Answer over HTTP, and with a page to type into; Ctrl-C ends it.
+
+    The page is at /, a description of all that can be asked at /docs, completions by OpenAI's protocol at /v1.
+
+    Parameters
+    ----------
+    runs
+        Run folders; each goes by its folder's name, and the first answers where none is named.
+    host
+        The address to listen at: as it is, only this machine can reach it; 0.0.0.0 for all who can reach this machine.
+    port
+        Of that address; 0 for any that is free.
+    token
+        Requests have to bear it; UNROLLED_TOKEN says it without showing it to others on this machine.
+    threads
+        That computing may use; all cores but one when left out.
+    most_tokens
+        Read or drawn by one request.
+    most_samples
+        Drawn by one request.
+    most_seconds
+        Until a request is given up.
+    most_requests
+        Under way at the same time.
+    most_sessions
+        Kept; the one unused for longest gives way.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin would take the core that takes requests
+    if not runs:
+        raise UnrolledError("unrolled serve wants one or more run folders")
+    try:
+        from unrolled.serving.server import serve as answer
+    except ImportError as error:
+        raise UnrolledError("serving needs FastAPI: pip install 'unrolled[serve]'") from error
+    from unrolled.serving.service import Limits
+
+    for name, value in (("port", port + 1), ("threads", threads + 1), ("most-tokens", most_tokens)):
+        if value < 1:
+            raise UnrolledError(f"--{name} must not be {value - 1 if name != 'most-tokens' else value}")
+    opened: dict[str, Any] = {}
+    for run in runs:
+        loaded = unrolled.load(run, device, precision)
+        if loaded.folder.name in opened:
+            raise UnrolledError(f"two of the folders are named {loaded.folder.name!r}, by which models are told apart")
+        opened[loaded.folder.name] = loaded
+    limits = Limits(
+        tokens=most_tokens,
+        samples=most_samples,
+        seconds=most_seconds,
+        requests=most_requests,
+        sessions=most_sessions,
+    )
+    token = token or os.environ.get("UNROLLED_TOKEN") or None
+    threads = threads or max(1, (os.cpu_count() or 1) - 1)
+    answer(opened, host, port, limits, token, threads, lambda address: notice(f"{', '.join(opened)} at {address}"))
+
+
+@app.command
 def inspect(run: RunFolder, /, *, json: Json = False) -> None:
     """What a run folder holds: parameters by name and shape, vocabulary, provenance."""
     from unrolled.data.tokens import shown

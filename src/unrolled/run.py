@@ -74,7 +74,7 @@ class Run:
         """`predict` of each, side by side."""
         from unrolled.inference.generate import predict_many
 
-        with self._rounded():
+        with self.rounded():
             return predict_many(self.model, self.tokenizer, prefixes, k, unknown, complete)
 
     def continuations(self, prefix: str = "", length: int = 3, k: int = 5, **options: Any) -> list[tuple[str, float]]:
@@ -84,7 +84,7 @@ class Run:
         """
         from unrolled.inference.generate import continuations
 
-        with self._rounded():
+        with self.rounded():
             return continuations(self.model, self.tokenizer, prefix, length, k, **options)
 
     def generate(self, prompt: str = "", **options: Any) -> str:
@@ -99,14 +99,14 @@ class Run:
         """
         from unrolled.inference.generate import generate
 
-        with self._rounded():
+        with self.rounded():
             return generate(self.model, self.tokenizer, prompt, **options)
 
     def generate_many(self, prompt: str = "", samples: int = 2, **options: Any) -> list[str]:
         """Several texts that continue `prompt`, drawn side by side; the options are `stream`'s."""
         from unrolled.inference.generate import generate_many
 
-        with self._rounded():
+        with self.rounded():
             return generate_many(self.model, self.tokenizer, prompt, samples, **options)
 
     def score(self, text: str, **options: Any) -> "Score":
@@ -126,7 +126,7 @@ class Run:
 
         return Scorer(self.model, self.tokenizer, rounded=self.precision == "bf16", **options)
 
-    def _rounded(self) -> torch.autocast:
+    def rounded(self) -> torch.autocast:
         """Within it products are of bf16, where that is this run's precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
@@ -164,7 +164,7 @@ class Run:
         unknown = 0 if self.tokenizer.unknown_id is None else int((counted == self.tokenizer.unknown_id).sum())
 
         def figures(teacher_forced: bool) -> dict[str, Any]:
-            with self._rounded():
+            with self.rounded():
                 if windows is not None:
                     return describe(evaluate_paper(self.model, windows, teacher_forced), characters)
                 return describe(evaluate_exact(self.model, ids, teacher_forced=teacher_forced), characters)

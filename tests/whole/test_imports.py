@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "subjects": {"training", "recipe", "data", "nn", "run", "kernels"},
     "bench": {"recipe", "subjects"},
     "items": {"inference/score"},
+    "serving": {"serving", "run", "inference", "data/tokens", "nn", "metrics"},
     "progress": set(),
     "pictures": {"data/tokens"},
     "report": {"run", "folder", "metrics", "inference", "recipe", "pictures"},
@@ -55,7 +56,8 @@ ORDER = {
     "kernels": ["build", "ops"],
     "nn": ["cells", "unroll", "loss", "dropout", "model", "stream"],
     "training": ["optim", "resume", "start", "stop", "loop"],
-    "inference": ["evaluate", "score", "rescore", "detokenize", "sampling", "generate", "embeddings"],
+    "serving": ["schema", "engine", "sessions", "service", "completions", "guard", "app", "server"],
+    "inference": ["evaluate", "reading", "score", "rescore", "detokenize", "sampling", "generate", "embeddings"],
 }
 """Within a folder a module imports only those before it."""
 
@@ -113,6 +115,7 @@ ON_DISK = {
     "pictures",
     "report",
     "kernels/build",
+    "serving/app",
 }
 WRITERS = ("write_text", "write_bytes", "write_whole", "written_whole", "unlink", "mkdir", "rename")
 DISK_CALLS = {"open", "read_text", "read_bytes", "memmap", *WRITERS}

@@ -11,6 +11,7 @@ have a fast twin here that gives the same ids (tests hold them together), at sev
 
 import codecs
 import itertools
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -114,6 +115,15 @@ class Tokenizer:
                 f"{known[:60]}{'…' * (len(known) > 60)}"
             )
         return ids
+
+    def pieces(self, text: str) -> list[str]:
+        """A text cut where its tokens end, one piece for each: words have the white space before them.
+
+        Bytes make a character in the piece of its last one. What follows the last word is nobody's.
+        """
+        if self.unit == "word":
+            return re.findall(r"[^\S\n]*(?:\n|\S+)", text)
+        return list(text) if self.unit == "character" else list(map(self.decoder(), self.encode(text).tolist()))
 
     def token(self, id: int) -> str:
         """The text of one token: a word, a character, or the bytes of a piece (which may not be whole characters)."""

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from unrolled.data.tokens import Tokenizer
 from unrolled.errors import UnrolledError
+from unrolled.inference.reading import NOTHING, Reading, Unread
 from unrolled.inference.sampling import Sampling, Writer
 from unrolled.nn.model import LanguageModel
 from unrolled.nn.stream import Stream
-from unrolled.nn.unroll import LayerStates
+from unrolled.nn.unroll import LayerStates, pick
 
-_STEPS_AT_ONCE = 256
 _PREFIXES_AT_ONCE = 64
 MOST_SAMPLES = 1024
 
@@ -29,17 +29,19 @@ class Prediction:
     words: list[tuple[str, float]]
 
 
-@torch.inference_mode()
+def prefix_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """The ids (T + 1,) of a text that begins a line, after the end of the line before it.
+
+    Raises:
+        UnrolledError: something is not in the vocabulary of a tokenizer without `<unk>`.
+    """
+    return np.concatenate([[tokenizer.start_id], tokenizer.encode(text)]).astype(np.int64)
+
+
 def read_prefix(model: LanguageModel, tokenizer: Tokenizer, text: str) -> tuple[Tensor, LayerStates]:
     """What follows a text that begins a line: log-probabilities (V,) of the next token, and the state (B = 1)."""
-    ids = np.concatenate([[tokenizer.start_id], tokenizer.encode(text)]).astype(np.int64)
-    inputs = torch.from_numpy(ids).unsqueeze(1).to(model.device)  # (T, 1)
-    state = model.initial_state(1)
-    *windows, last = inputs.split(_STEPS_AT_ONCE)
-    for window in windows:
-        _, state = model.hidden(window, state)
-    outputs, state = model.hidden(last, state)
-    return _decoded(model, outputs[-1, 0]), state
+    reading = Reading(model, [Unread(prefix_ids(tokenizer, text), NOTHING, follows=True)]).finish()
+    return reading.log_probs[0], reading.states
 
 
 @torch.inference_mode()
@@ -66,55 +68,46 @@ def predict_many(
         UnrolledError: k is less than 1, a prefix is not in the model's vocabulary and it has no `<unk>`, or words are
             to be completed by a model of other tokens.
     """
-    if k < 1:
-        raise UnrolledError(f"k must be at least 1, not {k}")
-    if complete and tokenizer.unit != "word":
-        raise UnrolledError(f"only a model of words completes them; this one is of {tokenizer.unit}s")
-    typed = [_last_word(prefix) if complete else "" for prefix in prefixes]
-    before = [prefix[: len(prefix) - len(word)] for prefix, word in zip(prefixes, typed, strict=True)]
-    found = []
-    for prefix, word, log_probs in zip(prefixes, typed, _after(model, tokenizer, before), strict=True):
-        if not unknown and tokenizer.unknown_id is not None:
+    asked = [Question(tokenizer, prefix, k, unknown, complete) for prefix in prefixes]
+    order = sorted(range(len(asked)), key=lambda number: len(asked[number].ids))
+    found: dict[int, Prediction] = {}
+    for first in range(0, len(order), _PREFIXES_AT_ONCE):
+        chosen = order[first : first + _PREFIXES_AT_ONCE]
+        reading = Reading(model, [Unread(asked[number].ids, NOTHING, follows=True) for number in chosen]).finish()
+        found |= {number: asked[number].answer(row) for number, row in zip(chosen, reading.log_probs, strict=True)}
+    return [found[number] for number in range(len(asked))]
+
+
+@final
+class Question:
+    """What comes next? To be asked of the log-probabilities after `ids`; the arguments are `predict_many`'s."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, prefix: str, k: int, unknown: bool = False, complete: bool = False
+    ) -> None:
+        if k < 1:
+            raise UnrolledError(f"k must be at least 1, not {k}")
+        if complete and tokenizer.unit != "word":
+            raise UnrolledError(f"only a model of words completes them; this one is of {tokenizer.unit}s")
+        self.tokenizer, self.prefix, self.k, self.unknown = tokenizer, prefix, k, unknown
+        self.word = _last_word(prefix) if complete else ""
+        self.ids = prefix_ids(tokenizer, prefix[: len(prefix) - len(self.word)])
+
+    def answer(self, log_probs: Tensor) -> Prediction:
+        """From the log-probabilities (V,) of the next token, which are left as they are."""
+        tokenizer, log_probs = self.tokenizer, log_probs.clone()
+        if not self.unknown and tokenizer.unknown_id is not None:
             log_probs[tokenizer.unknown_id] = -torch.inf
-        if word:
-            log_probs[[not token.startswith(word) for token in tokenizer.vocabulary]] = -torch.inf
+        if self.word:
+            log_probs[[not token.startswith(self.word) for token in tokenizer.vocabulary]] = -torch.inf
             log_probs -= log_probs.logsumexp(-1)
-        values, ids = log_probs.topk(min(k, len(tokenizer)))
+        values, ids = log_probs.topk(min(self.k, len(tokenizer)))
         pairs = zip(ids.tolist(), values.exp().tolist(), strict=True)
-        found.append(Prediction(prefix, [(tokenizer.token(id), value) for id, value in pairs if value > 0]))
-    return found
+        return Prediction(self.prefix, [(tokenizer.token(id), value) for id, value in pairs if value > 0])
 
 
 def _last_word(text: str) -> str:
     return "" if not text or text[-1].isspace() else text.split()[-1]
-
-
-def _after(model: LanguageModel, tokenizer: Tokenizer, prefixes: Sequence[str]) -> Tensor:
-    """Log-probabilities (N, V) of what follows each prefix; those of like length are read together."""
-    ids = [np.concatenate([[tokenizer.start_id], tokenizer.encode(prefix)]).astype(np.int64) for prefix in prefixes]
-    rows = torch.empty(len(ids), len(tokenizer))
-    order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
-    for first in range(0, len(order), _PREFIXES_AT_ONCE):
-        chosen = order[first : first + _PREFIXES_AT_ONCE]
-        lengths = np.array([len(ids[number]) for number in chosen])
-        padded = np.zeros((lengths.max(), len(chosen)), np.int64)
-        for column, number in enumerate(chosen):
-            padded[: lengths[column], column] = ids[number]
-        states = model.initial_state(len(chosen))
-        for begin in range(0, len(padded), _STEPS_AT_ONCE):
-            window = torch.from_numpy(padded[begin : begin + _STEPS_AT_ONCE]).to(model.device)
-            outputs, states = model.hidden(window, states)
-            ending = np.flatnonzero((begin < lengths) & (lengths <= begin + len(window)))
-            if len(ending):
-                last = outputs[lengths[ending] - 1 - begin, ending]
-                rows[[chosen[column] for column in ending]] = _decoded(model, last).cpu()
-    return rows
-
-
-def _decoded(model: LanguageModel, hidden: Tensor) -> Tensor:
-    """Log-probabilities in f32, whatever the precision of what came before."""
-    with torch.autocast(model.device.type, enabled=False):
-        return model.decoder(hidden.float()).log_softmax(-1)
 
 
 @torch.inference_mode()
@@ -190,8 +183,8 @@ def generate(
     Raises:
         UnrolledError: an option is out of bounds, or the prompt is not in the vocabulary of a model without `<unk>`.
     """
-    pieces = _drawn(model, tokenizer, prompt, length, seed, random_start, stop, Sampling(**sampling), samples=1)
-    return (piece for (piece,) in pieces)
+    drawing = Drawing(tokenizer, prompt, 1, length, seed, random_start, stop, Sampling(**sampling))
+    return (piece for (piece,) in drawing.through(model))
 
 
 def generate_many(
@@ -206,8 +199,8 @@ def generate_many(
     **sampling: Any,
 ) -> list[str]:
     """Several texts after one prompt, drawn side by side; the arguments are `generate`'s."""
-    pieces = _drawn(model, tokenizer, prompt, length, seed, random_start, stop, Sampling(**sampling), samples)
-    return ["".join(parts) for parts in zip(*pieces, strict=True)] or [""] * samples
+    drawing = Drawing(tokenizer, prompt, samples, length, seed, random_start, stop, Sampling(**sampling))
+    return ["".join(parts) for parts in zip(*drawing.through(model), strict=True)] or [""] * samples
 
 
 def sample(model: LanguageModel, tokenizer: Tokenizer, length: int, seed: int) -> str:
@@ -225,62 +218,92 @@ def new_seed() -> int:
     return random.SystemRandom().randrange(1 << 32)
 
 
-def _drawn(
-    model: LanguageModel,
-    tokenizer: Tokenizer,
-    prompt: str,
-    length: int,
-    seed: int | None,
-    random_start: bool,
-    stop: tuple[str, ...],
-    sampling: Sampling,
-    samples: int,
-) -> Iterator[tuple[str, ...]]:
-    """What each token adds to each of so many texts. All that can be wrong is said before the first is drawn."""
-    if length < 0:
-        raise UnrolledError(f"length must be at least 0, not {length}")
-    if not 1 <= samples <= MOST_SAMPLES:
-        raise UnrolledError(f"samples must be from 1 to {MOST_SAMPLES}, not {samples}")
-    if seed is not None and not 0 <= seed < 1 << 63:
-        raise UnrolledError(f"seed must be at least 0 and below 2 to the 63rd, not {seed}")
-    if random_start and prompt:
-        raise UnrolledError("--random-start and a prompt exclude each other")
-    mask, source = sampling.mask(tokenizer), torch.Generator().manual_seed(new_seed() if seed is None else seed)
-    log_probs, state = (None, model.initial_state(1)) if random_start else read_prefix(model, tokenizer, prompt)
-    stream = Stream(model, tuple(tuple(part.repeat(samples, 1) for part in layer) for layer in state))
-    read = tokenizer.encode(prompt).tolist()
-    return _texts(stream, tokenizer, read, mask, log_probs, length, stop, sampling, source, samples)
+@final
+class Drawing:
+    """Texts after one prompt, drawn side by side a token of each at a time. All that can be wrong is said at once.
 
+    Args:
+        tokenizer: the model's.
+        prompt, length, seed, random_start, stop: as `generate`.
+        samples: how many texts.
+        sampling: how tokens are drawn.
 
-def _texts(
-    stream: Stream,
-    tokenizer: Tokenizer,
-    read: list[int],
-    mask: Tensor,
-    log_probs: Tensor | None,
-    length: int,
-    stop: tuple[str, ...],
-    sampling: Sampling,
-    source: torch.Generator,
-    samples: int,
-) -> Iterator[tuple[str, ...]]:
-    before, writers = torch.zeros(samples, len(tokenizer), dtype=torch.bool), []
-    before[:, read] = True
-    for _ in range(samples):
+    Attributes:
+        ids: the tokens drawn last, one for each text.
+        tokens: how many were drawn of each text.
+        done: whether no text goes on.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: str,
+        samples: int,
+        length: int,
+        seed: int | None,
+        random_start: bool,
+        stop: tuple[str, ...],
+        sampling: Sampling,
+    ) -> None:
+        if length < 0:
+            raise UnrolledError(f"length must be at least 0, not {length}")
+        if not 1 <= samples <= MOST_SAMPLES:
+            raise UnrolledError(f"samples must be from 1 to {MOST_SAMPLES}, not {samples}")
+        if seed is not None and not 0 <= seed < 1 << 63:
+            raise UnrolledError(f"seed must be at least 0 and below 2 to the 63rd, not {seed}")
+        if random_start and prompt:
+            raise UnrolledError("--random-start and a prompt exclude each other")
+        self.length, self.random_start, self.sampling, self.mask = (
+            length,
+            random_start,
+            sampling,
+            sampling.mask(tokenizer),
+        )
+        self.source = torch.Generator().manual_seed(new_seed() if seed is None else seed)
+        self.prompt_ids = prefix_ids(tokenizer, prompt)
+        self.ids: list[int] = []
+        self.tokens, self.done = [0] * samples, length == 0
+        self._before = torch.zeros(samples, len(tokenizer), dtype=torch.bool)
+        self._before[:, self.prompt_ids[1:]] = True
+        self.writers = [self._writer(tokenizer, stop) for _ in range(samples)]
+
+    def _writer(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> Writer:
         decode = tokenizer.decoder()
-        for id in read:  # so that the text goes on where the prompt ends
+        for id in self.prompt_ids[1:].tolist():  # so that the text goes on where the prompt ends
             decode(id)
-        writers.append(Writer(decode, stop))
-    rows = None if log_probs is None else log_probs.cpu().expand(samples, -1)
-    for number in range(length):
-        if rows is None:  # the first token of a random start, drawn from all alike
-            ids = [Sampling().draw(mask, source) for _ in writers]
+        return Writer(decode, stop)
+
+    def draw(self, log_probs: Tensor | None) -> tuple[str, ...]:
+        """One more token of each text from their log-probabilities (B, V), None for all alike: what each adds."""
+        if log_probs is None:
+            self.ids = [Sampling().draw(self.mask, self.source) for _ in self.writers]
         else:
-            ids = [sampling.draw(row + mask, source, seen) for row, seen in zip(rows, before, strict=True)]
-        pieces = [writer.write(id) for writer, id in zip(writers, ids, strict=True)]
-        ended = number == length - 1 or all(writer.done for writer in writers)
-        yield tuple(p + writer.rest() if ended else p for p, writer in zip(pieces, writers, strict=True))
-        if ended:
-            return
-        before[range(samples), ids] = True
-        rows = stream.read(torch.tensor(ids, device=stream.model.device)).cpu()
+            rows = zip(log_probs, self._before, strict=True)
+            self.ids = [self.sampling.draw(row + self.mask, self.source, before) for row, before in rows]
+        self._before[range(len(self.ids)), self.ids] = True
+        self.tokens = [n + (not writer.done) for n, writer in zip(self.tokens, self.writers, strict=True)]
+        pieces = [writer.write(id) for writer, id in zip(self.writers, self.ids, strict=True)]
+        self.done = max(self.tokens) == self.length or all(writer.done for writer in self.writers)
+        return tuple(p + writer.rest() if self.done else p for p, writer in zip(pieces, self.writers, strict=True))
+
+    @torch.inference_mode()
+    def begin(self, model: LanguageModel) -> tuple[Tensor | None, LayerStates]:
+        """What `draw` takes first (B, V), and the states (B) after the prompt."""
+        samples = [0] * len(self.writers)
+        if self.random_start:
+            return None, pick(model.initial_state(1), samples)
+        reading = Reading(model, [Unread(self.prompt_ids, NOTHING, follows=True)]).finish()
+        return reading.log_probs[samples], pick(reading.states, samples)
+
+    def through(self, model: LanguageModel) -> Iterator[tuple[str, ...]]:
+        """Reads the prompt, then draws to the end."""
+        log_probs, states = self.begin(model)
+        stream = Stream(model, states)
+
+        def pieces(log_probs: Tensor | None) -> Iterator[tuple[str, ...]]:
+            while not self.done:
+                yield self.draw(log_probs)
+                if not self.done:
+                    log_probs = stream.read(torch.tensor(self.ids, device=model.device)).cpu()
+
+        return pieces(log_probs)

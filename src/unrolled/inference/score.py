@@ -11,13 +11,12 @@ import torch
 
 from unrolled.data.tokens import Tokenizer
 from unrolled.errors import UnrolledError
-from unrolled.nn.loss import perplexity, token_nll
+from unrolled.inference.reading import Reading, Unread
+from unrolled.nn.loss import perplexity
 from unrolled.nn.model import LanguageModel
 from unrolled.nn.unroll import LayerStates
 
-_LOGITS_AT_ONCE = 1 << 22
 _TEXTS_AT_ONCE = 64
-_STEPS_AT_ONCE = 128
 
 Unknown = Literal["count", "skip", "spell"]
 
@@ -103,15 +102,15 @@ class Scorer:
         encoded: list[tuple[int, np.ndarray]] = []
         for number, text in enumerate(texts):
             try:
-                encoded.append((number, self._encoded(text)))
+                encoded.append((number, self.encoded(text)))
             except UnrolledError as error:
                 scores[number] = error
         encoded.sort(key=lambda pair: len(pair[1]))
         for first in range(0, len(encoded), _TEXTS_AT_ONCE):
             chosen = encoded[first : first + _TEXTS_AT_ONCE]
-            nats, _ = self._run([ids for _, ids in chosen], self.model.initial_state(len(chosen)))
-            for (number, ids), values in zip(chosen, nats, strict=True):
-                scores[number] = self._score(texts[number], ids, values, unread=not self.begin)
+            reading = self._read([ids for _, ids in chosen])
+            for (number, ids), nats in zip(chosen, reading.nats, strict=True):
+                scores[number] = self.scored(texts[number], ids, nats)
         return [scores[number] for number in range(len(texts))]
 
     def score_next(self, line: str) -> Score:
@@ -122,17 +121,25 @@ class Scorer:
         """
         encoded, end = self._checked(line), [self.tokenizer.start_id]
         ids, unread = np.concatenate([self._before, encoded, end]).astype(np.int64), not self._before
-        (nats,), self._states = self._run([ids], self._states)
-        self._before, kept = end, len(ids) - (not self.end)
-        return self._score(line, ids[:kept], nats[: max(kept - 1, 0)], unread)
+        reading = self._read([ids], self._states)
+        self._states, self._before, kept = reading.states, end, len(ids) - (not self.end)
+        return self._scored(line, ids[:kept], reading.nats[0][: max(kept - 1, 0)], unread)
 
-    # -------------------------------------------------------------------------------------------- within
+    def encoded(self, text: str) -> np.ndarray:
+        """The ids (T + 1,) of a text and of what stands before it: what `scored` takes, once they were read.
 
-    def _encoded(self, text: str) -> np.ndarray:
-        """The ids (T + 1,) of a text and of what stands before it."""
+        Raises:
+            UnrolledError: as `score`.
+        """
         ids, start = self._checked(text), [self.tokenizer.start_id]
         before, end = start * self.begin, start * (self.end and not text.endswith("\n"))
         return np.concatenate([before, ids, end]).astype(np.int64)
+
+    def scored(self, text: str, ids: np.ndarray, nats: np.ndarray) -> Score:
+        """The score of a text from its ids (T + 1,) and the nats (T,) of all of them but the first."""
+        return self._scored(text, ids, nats, unread=not self.begin)
+
+    # -------------------------------------------------------------------------------------------- within
 
     def _checked(self, text: str) -> np.ndarray:
         ids = self.tokenizer.encode(text)
@@ -140,26 +147,11 @@ class Scorer:
             raise UnrolledError(f"{len(ids):,} tokens are more than {self.most_tokens:,}")
         return ids
 
-    @torch.inference_mode()
-    def _run(self, texts: list[np.ndarray], states: LayerStates) -> tuple[list[np.ndarray], LayerStates]:
-        """Nats of all tokens but the first of each text, and the states after the longest."""
-        model, lengths = self.model, np.array([max(len(ids) - 1, 0) for ids in texts])
-        padded = np.zeros((lengths.max(initial=0) + 1, len(texts)), np.int64)
-        for number, ids in enumerate(texts):
-            padded[: len(ids), number] = ids
-        nats = np.zeros((len(padded) - 1, len(texts)))
-        steps = max(1, min(_STEPS_AT_ONCE, _LOGITS_AT_ONCE // (model.vocab_size * len(texts))))
-        for first in range(0, len(nats), steps):
-            window = torch.from_numpy(padded[first : first + steps + 1]).to(model.device)
-            real = np.arange(first, first + len(window) - 1)[:, None] < lengths
-            mask = torch.from_numpy(real).to(model.device)
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=self.rounded):
-                outputs, states = model.hidden(window[:-1], states)
-                values = token_nll(outputs[mask], model.decoder, window[1:][mask])
-            nats[first : first + len(real)][real] = values.double().cpu().numpy()
-        return [nats[:length, number] for number, length in enumerate(lengths)], states
+    def _read(self, texts: list[np.ndarray], states: LayerStates | None = None) -> Reading:
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.rounded):
+            return Reading(self.model, [Unread(ids[:-1], ids[1:]) for ids in texts], states).finish()
 
-    def _score(self, text: str, ids: np.ndarray, nats: np.ndarray, unread: bool) -> Score:
+    def _scored(self, text: str, ids: np.ndarray, nats: np.ndarray, unread: bool) -> Score:
         """From ids (T + 1,) and nats (T,); `unread`: the text's own first token is not among those scored."""
         tokenizer, unknown_id = self.tokenizer, self.tokenizer.unknown_id
         tokens, log_probs = [tokenizer.token(int(id)) for _, id in pairwise(ids)], -nats

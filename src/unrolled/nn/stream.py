@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from unrolled.kernels import ops
 from unrolled.nn.model import LanguageModel
-from unrolled.nn.unroll import LayerStates, kernel_layer
+from unrolled.nn.unroll import LayerStates, join, kernel_layer, pick
 
 
 @final
@@ -51,11 +51,25 @@ class Stream:
     def pick(self, rows: Tensor) -> None:
         """The texts go on as these of them (N,), in this order, any of them as often as it is named."""
         if self._packed is None:
-            self._states = tuple(tuple(part[rows] for part in state) for state in self._states)
+            self._states = pick(self._states, rows)
             return
-        parts = self._state.split([self._streams * part.shape[1] for state in self._states for part in state])
-        self._state = torch.cat([part.view(self._streams, -1)[rows].flatten() for part in parts])
+        self._state = torch.cat([part[rows].flatten() for part in self._parts()])
         self._streams = len(rows)
+
+    def add(self, states: LayerStates) -> None:
+        """More texts after those that it reads."""
+        if self._packed is None:
+            self._states = join([self._states, states])
+            return
+        more = [part for state in states for part in state]
+        self._state = torch.cat([torch.cat(pair).flatten() for pair in zip(self._parts(), more, strict=True)])
+        self._streams += len(more[0])
+
+    def _parts(self) -> list[Tensor]:
+        """The layers' states (B, H) one after the other, as they lie in the kernels' memory."""
+        sizes = [part.shape[1] for state in self._states for part in state]
+        parts = self._state.split([self._streams * size for size in sizes])
+        return [part.view(self._streams, size) for part, size in zip(parts, sizes, strict=True)]
 
     def likeliest(self, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """ids (1,) -> the k largest log-probabilities of what follows, falling, and the ids that have them."""

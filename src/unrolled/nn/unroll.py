@@ -4,7 +4,7 @@ The plain loop is the definition; the others are its twins with the same signatu
 faster ways multiply bf16 operands and sum in f32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -22,6 +22,16 @@ Unroll: TypeAlias = Callable[[Cell, Tensor, State], tuple[Tensor, State]]
 def detach(states: LayerStates) -> LayerStates:
     """The same values without their history: gradients reach back to the window's first step and no further."""
     return tuple(tuple(tensor.detach() for tensor in state) for state in states)
+
+
+def pick(states: LayerStates, rows: Sequence[int] | slice | Tensor) -> LayerStates:
+    """The states of these streams, in this order."""
+    return tuple(tuple(tensor[rows] for tensor in state) for state in states)
+
+
+def join(several: Sequence[LayerStates]) -> LayerStates:
+    """The states of all streams, one after the other."""
+    return tuple(tuple(map(torch.cat, zip(*layer, strict=True))) for layer in zip(*several, strict=True))
 
 
 def unroll_plain(cell: Cell, inputs: Tensor, state: State) -> tuple[Tensor, State]:

@@ -1,0 +1,267 @@
+"""The routes: each takes a request, asks the service, and answers; and the page."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib import resources
+from typing import Any, Literal
+
+from fastapi import FastAPI, Request, Security
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response, StreamingResponse
+from fastapi.routing import APIRoute, APIRouter
+from fastapi.security import HTTPBearer
+from fastapi_offline import FastAPIOffline
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+import unrolled
+from unrolled.errors import UnrolledError
+from unrolled.run import Run
+from unrolled.serving import schema
+from unrolled.serving.completions import Completion, CompletionRequest, complete
+from unrolled.serving.guard import Guard, Metrics, describe, problem
+from unrolled.serving.service import Limits, Refused, Service, Writing
+
+_PAGE = resources.files("unrolled.serving") / "page"
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+def make_app(
+    runs: dict[str, Run],
+    limits: Limits = Limits(),  # noqa: B008
+    token: str | None = None,
+    threads: int = 1,
+    hosts: tuple[str, ...] = ("*",),
+) -> FastAPI:
+    """The server as an ASGI application.
+
+    Args:
+        runs: opened run folders by name; the first answers where a request names none.
+        limits: of requests.
+        token: that requests have to bear; None for none.
+        threads: that computing may use.
+        hosts: names that this server goes by; ("*",) for any.
+    """
+    service = Service(runs, limits, threads)
+    metrics = Metrics(service)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.close()
+
+    app = FastAPIOffline(
+        title="Unrolled",
+        version=unrolled.__version__,
+        description="How probable is a text, what comes next, and more of it.",
+        lifespan=lifespan,
+        dependencies=[Security(HTTPBearer(auto_error=False))] if token else [],
+        responses={
+            status: about | {"model": schema.Problem}
+            for status, about in describe(400, 401, 408, 413, 422, 429).items()
+        },
+    )
+    app.include_router(_routes(service, metrics))
+    _page(app)
+    app.add_exception_handler(UnrolledError, _unrolled_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(
+        TimeoutError, lambda request, error: problem(408, f"not done within {limits.seconds:g} s")
+    )
+    app.add_exception_handler(Exception, lambda request, error: problem(500, "an internal error; the log has it"))
+    app.add_middleware(Guard, metrics, token, limits.requests, limits.body_bytes)
+    if hosts != ("*",):
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+    return app
+
+
+def _routes(service: Service, metrics: Metrics) -> APIRouter:
+    seconds = service.limits.seconds
+
+    class Timed(APIRoute):
+        """Gives a request up after so many seconds."""
+
+        def get_route_handler(self) -> Callable[[Request], Any]:
+            handle = super().get_route_handler()
+
+            async def timed(request: Request) -> Response:
+                async with asyncio.timeout(seconds):
+                    return await handle(request)
+
+            return timed
+
+    routes = APIRouter(route_class=Timed)
+    missing: dict[int | str, dict[str, Any]] = {404: describe(404)[404] | {"model": schema.Problem}}
+
+    @routes.post("/score", responses=missing)
+    async def score(request: schema.ScoreRequest) -> schema.ScoreAnswer:
+        """How probable texts are."""
+        return await service.score(request)
+
+    @routes.post("/predict", responses=missing)
+    async def predict(request: schema.PredictRequest) -> schema.PredictAnswer:
+        """The likeliest next tokens after texts."""
+        return await service.predict(request)
+
+    @routes.post("/generate", responses=missing | _events("pieces of text, then the answer"))
+    async def generate(request: schema.GenerateRequest) -> schema.GenerateAnswer:
+        """A text continued: at once, or with `stream` as server-sent events.
+
+        Each event's data is `{"index", "text"}`; the last event is `done` with the answer, or `error` with the problem.
+        """
+        writing = await service.generate(request)
+        if request.stream:
+            return _streamed(_written(writing), seconds)
+        async for _ in writing:
+            pass
+        return writing.answer()
+
+    @routes.post("/embeddings", responses=missing)
+    async def embeddings(request: schema.EmbeddingsRequest) -> schema.EmbeddingsAnswer:
+        """The tokens nearest to given ones."""
+        return await service.embeddings(request)
+
+    @routes.post("/sessions", responses=missing, status_code=201)
+    async def begin(request: schema.SessionRequest) -> schema.SessionAnswer:
+        """Begins a text that will grow; the server keeps its state."""
+        return await service.begin(request)
+
+    @routes.get("/sessions/{id}", responses=missing)
+    async def standing(id: str) -> schema.SessionAnswer:
+        """Where a session stands, and what comes next."""
+        return service.standing(id)
+
+    @routes.post("/sessions/{id}", responses=missing)
+    async def go_on(id: str, request: schema.ReadRequest) -> schema.SessionAnswer:
+        """More of the text: one step for each token, however long the text."""
+        return await service.go_on(id, request)
+
+    @routes.post("/sessions/{id}/fork", responses=missing, status_code=201)
+    async def fork(id: str) -> schema.SessionAnswer:
+        """A second session that stands where the first stands."""
+        return service.fork(id)
+
+    @routes.delete("/sessions/{id}", responses=missing, status_code=204)
+    async def end(id: str) -> None:
+        """Forgets a session."""
+        service.session(id)
+        service.sessions.end(id)
+
+    @routes.get("/models")
+    async def models() -> schema.ModelsAnswer:
+        """The models that answer here."""
+        return service.models()
+
+    @routes.get("/models/{name}/map", responses=missing)
+    async def map(name: str, words: Literal["100", "300", "1000"] = "300") -> schema.MapAnswer:
+        """The commonest tokens on a map; the first time it takes some seconds."""
+        return await service.map(name, int(words))
+
+    @routes.get("/models/{name}/curves", responses=missing)
+    async def curves(name: str) -> schema.CurvesAnswer:
+        """How the training went, epoch by epoch."""
+        return service.curves(name)
+
+    @routes.post("/v1/completions", responses=missing | _events("pieces of the completion"))
+    async def completions(request: CompletionRequest) -> Completion:
+        """A completion by OpenAI's protocol."""
+        completing = await complete(service, request)
+        if request.stream:
+            return _streamed(completing.pieces(), seconds)
+        return await completing.whole()
+
+    @routes.get("/v1/models")
+    async def openai_models() -> dict[str, Any]:
+        """The models by OpenAI's protocol."""
+        data = [{"id": name, "object": "model", "created": 0, "owned_by": "unrolled"} for name in service.runs]
+        return {"object": "list", "data": data}
+
+    @routes.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        """Whether the server is there."""
+        return {"status": "ok"}
+
+    @routes.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    async def prometheus() -> Response:
+        """Counts for Prometheus."""
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return routes
+
+
+def _events(what: str) -> dict[int | str, dict[str, Any]]:
+    return {
+        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": f"With stream: {what}"}
+    }
+
+
+async def _written(writing: Writing) -> AsyncIterator[str]:
+    async for drawn in writing:
+        for index, text in enumerate(drawn.pieces):
+            if text:
+                yield f"data: {json.dumps({'index': index, 'text': text}, ensure_ascii=False)}\n\n"
+    yield f"event: done\ndata: {writing.answer().model_dump_json()}\n\n"
+
+
+def _streamed(events: AsyncIterator[str], seconds: float) -> Any:
+    """Events as they come; after so many seconds a problem, and the end."""
+
+    async def bounded() -> AsyncIterator[str]:
+        try:
+            async with asyncio.timeout(seconds):
+                async for event in events:
+                    yield event
+        except TimeoutError:
+            yield f"event: error\ndata: {bytes(problem(408, f'not done within {seconds:g} s').body).decode()}\n\n"
+
+    return StreamingResponse(bounded(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+
+def _page(app: FastAPI) -> None:
+    kinds = {"index.html": "text/html", "page.js": "text/javascript", "page.css": "text/css"}
+    headers = {
+        "Content-Security-Policy": _POLICY,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
+
+    def serve(name: str) -> Callable[[], Any]:
+        content = (_PAGE / name).read_bytes()
+
+        async def file() -> Response:
+            return Response(content, media_type=kinds[name], headers=headers)
+
+        return file
+
+    for name in kinds:
+        path = "/" if name == "index.html" else f"/{name}"
+        app.add_api_route(path, serve(name), include_in_schema=False, response_class=Response)
+
+
+# ------------------------------------------------------------------------------------------------ what goes wrong
+
+
+def _unrolled_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, Refused):
+        return problem(error.status, str(error), error.param)
+    return problem(422, str(error))
+
+
+def _validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
+    status = 400 if first["type"] == "json_invalid" else 422
+    return problem(status, f"{place or 'the request'}: {first['msg']}", place or None)
+
+
+def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return problem(error.status_code, str(error.detail), headers=error.headers)

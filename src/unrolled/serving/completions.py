@@ -1,0 +1,239 @@
+"""OpenAI's protocol for completions, for clients that speak it."""
+
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal, final
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from unrolled.inference.generate import new_seed, prefix_ids
+from unrolled.inference.reading import Unread
+from unrolled.inference.sampling import Sampling
+from unrolled.run import Run
+from unrolled.serving.engine import Drawn
+from unrolled.serving.service import Refused, Service, Writing
+
+_MOST_LIKELIEST = 20
+
+
+class CompletionRequest(BaseModel):
+    """A completion as OpenAI's clients ask for it; fields that they may add are ignored."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+    model: str = Field(description="A model by name.")
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1_000)] = ""
+    max_tokens: int | None = Field(16, ge=0, le=100_000)
+    n: int | None = Field(1, ge=1, le=128)
+    temperature: float | None = Field(1.0, ge=0, le=2)
+    top_p: float | None = Field(1.0, gt=0, le=1)
+    logprobs: int | None = Field(None, ge=0, le=_MOST_LIKELIEST)
+    echo: bool | None = False
+    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
+    stream: bool | None = False
+    stream_options: dict[str, Any] | None = None
+    best_of: int | None = Field(None, description="No more than n.")
+    suffix: str | None = Field(None, description="Not supported.")
+    presence_penalty: float | None = Field(0.0, description="Not supported: 0.")
+    frequency_penalty: float | None = Field(0.0, description="Not supported: 0.")
+    logit_bias: dict[str, float] | None = Field(None, description="Not supported: empty.")
+    begin: bool = Field(True, description="Ours: the prompt begins a line; else its first token follows nothing.")
+    unknown: bool = Field(False, description="Ours: whether `<unk>` may be drawn.")
+
+
+class LogProbs(BaseModel):
+    """Natural log-probabilities of tokens; a text's first has none where nothing stands before it."""
+
+    tokens: list[str] = []
+    token_logprobs: list[float | None] = []
+    top_logprobs: list[dict[str, float] | None] | None = None
+    text_offset: list[int] = []
+
+
+class Choice(BaseModel):
+    """One text."""
+
+    index: int
+    text: str
+    logprobs: LogProbs | None = None
+    finish_reason: Literal["length", "stop"] | None = None
+
+
+class Usage(BaseModel):
+    """Tokens that were read and drawn."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Completion(BaseModel):
+    """The answer, or where it is streamed one piece of it."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage | None = None
+
+
+@final
+class Completing:
+    """One request on its way to its answer. Made by `complete`; then either `whole` or `pieces`."""
+
+    def __init__(self, service: Service, request: CompletionRequest, name: str, run: Run) -> None:
+        self.service, self.request, self.run = service, request, run
+        self.head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
+        self.prompts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
+        self.n, self.length = request.n or 1, 16 if request.max_tokens is None else request.max_tokens
+        self.prompt_tokens = self.completion_tokens = 0
+        self.begun: list[tuple[Choice, Writing]] = []
+
+    async def begin(self) -> None:
+        """Reads the prompts; what can be wrong has been said."""
+        request, run = self.request, self.run
+        stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
+        sampling = Sampling(
+            temperature=1.0 if request.temperature is None else request.temperature,
+            top_p=1.0 if request.top_p is None else request.top_p,
+            unknown=request.unknown,
+        )
+        seed = new_seed() if request.seed is None else request.seed % (1 << 63)
+        asked = []
+        for number, prompt in enumerate(self.prompts):
+            ids = prefix_ids(run.tokenizer, prompt)[not request.begin :]
+            if not len(ids):
+                raise Refused(422, "an empty prompt has to begin a line", "begin")
+            drawing = self.service.drawing(
+                run, prompt, self.n, self.length, (seed + number) % (1 << 63), False, stop, sampling
+            )
+            scored = bool(request.echo) and request.logprobs is not None
+            targets = ids[1:] if scored else ids[:0]
+            asked.append((prompt, ids, drawing, Unread(ids, targets, top=request.logprobs or 0, follows=True)))
+        reads = await self.service.read(run, [text for *_, text in asked])
+        for (prompt, ids, drawing, _), read in zip(asked, reads, strict=True):
+            assert read.log_probs is not None
+            self.prompt_tokens += len(ids) - request.begin
+            start = read.log_probs.expand(self.n, -1), read.states
+            writing = Writing(self.service, run, drawing, start, self.head["model"], prompt, seed)
+            echoed = self._echoed(prompt, read.nats.tolist(), read.likeliest) if request.echo else None
+            self.begun.append((Choice(index=0, text=prompt if request.echo else "", logprobs=echoed), writing))
+
+    def _echoed(self, prompt: str, nats: list[float], likeliest: list[list[tuple[int, float]]]) -> LogProbs | None:
+        """The prompt's own tokens."""
+        if self.request.logprobs is None:
+            return None
+        pieces = self.run.tokenizer.pieces(prompt)
+        missing: list[None] = [None] * (len(pieces) - len(nats))
+        found = LogProbs(tokens=pieces, token_logprobs=[*missing, *(-value for value in nats)])
+        if self.request.logprobs:
+            found.top_logprobs = [*missing, *map(self._named, likeliest)]
+        place = 0
+        for piece in pieces:
+            found.text_offset.append(place)
+            place += len(piece)
+        return found
+
+    def _named(self, likeliest: list[tuple[int, float]]) -> dict[str, float]:
+        token = self.run.tokenizer.token
+        spaced = " " if self.run.tokenizer.unit == "word" else ""
+        return {spaced + token(id) if token(id) != "<eos>" else "\n": value for id, value in likeliest}
+
+    async def steps(self) -> AsyncIterator[Choice]:
+        """What each token adds to each choice; the last of a choice has its reason to finish."""
+        for number, (head, writing) in enumerate(self.begun):
+            first = number * self.n
+            ended = [False] * self.n
+            offsets = [len(writing.prompt) if self.request.echo else 0] * self.n
+            for row in range(self.n):
+                if self.request.echo:
+                    yield head.model_copy(update={"index": first + row})
+            before = [0] * self.n
+            async for drawn in writing:
+                for row, piece in enumerate(drawn.pieces):
+                    fresh = writing.drawing.tokens[row] > before[row]
+                    before[row] = writing.drawing.tokens[row]
+                    if not piece and not fresh:
+                        continue
+                    logprobs = self._drawn(drawn, row, piece, offsets[row]) if fresh else None
+                    offsets[row] += len(piece)
+                    self.completion_tokens += fresh
+                    done = writing.drawing.writers[row].done and not ended[row]
+                    ended[row] = ended[row] or done
+                    reason: Literal["stop"] | None = "stop" if done else None
+                    yield Choice(index=first + row, text=piece, logprobs=logprobs, finish_reason=reason)
+            for row in range(self.n):
+                if not ended[row]:
+                    yield Choice(index=first + row, text="", finish_reason="length")
+
+    def _drawn(self, drawn: Drawn, row: int, piece: str, offset: int) -> LogProbs | None:
+        if self.request.logprobs is None or drawn.log_probs is None:
+            return None
+        values: Tensor = drawn.log_probs[row]
+        found = LogProbs(tokens=[piece], token_logprobs=[float(values[drawn.ids[row]])], text_offset=[offset])
+        if self.request.logprobs:
+            largest, ids = values.topk(min(self.request.logprobs, len(values)))
+            found.top_logprobs = [self._named(list(zip(ids.tolist(), largest.tolist(), strict=True)))]
+        return found
+
+    async def whole(self) -> Completion:
+        """The answer at once."""
+        choices: dict[int, Choice] = {}
+        async for step in self.steps():
+            if step.index not in choices:
+                choices[step.index] = step.model_copy(deep=True)
+                continue
+            choice = choices[step.index]
+            choice.text += step.text
+            choice.finish_reason = step.finish_reason or choice.finish_reason
+            if step.logprobs:
+                choice.logprobs = _joined(choice.logprobs, step.logprobs)
+        return Completion(**self.head, choices=[choices[index] for index in sorted(choices)], usage=self._usage())
+
+    async def pieces(self) -> AsyncIterator[str]:
+        """The answer as server-sent events."""
+        async for step in self.steps():
+            yield _event(Completion(**self.head, choices=[step]))
+        if (self.request.stream_options or {}).get("include_usage"):
+            yield _event(Completion(**self.head, choices=[], usage=self._usage()))
+        yield "data: [DONE]\n\n"
+
+    def _usage(self) -> Usage:
+        read, drawn = self.prompt_tokens, self.completion_tokens
+        return Usage(prompt_tokens=read, completion_tokens=drawn, total_tokens=read + drawn)
+
+
+def _joined(first: LogProbs | None, second: LogProbs) -> LogProbs:
+    if first is None:
+        return second
+    return LogProbs(
+        tokens=first.tokens + second.tokens,
+        token_logprobs=first.token_logprobs + second.token_logprobs,
+        top_logprobs=None if second.top_logprobs is None else [*(first.top_logprobs or []), *second.top_logprobs],
+        text_offset=first.text_offset + second.text_offset,
+    )
+
+
+def _event(completion: Completion) -> str:
+    return f"data: {json.dumps(completion.model_dump(mode='json'), ensure_ascii=False)}\n\n"
+
+
+async def complete(service: Service, request: CompletionRequest) -> Completing:
+    """Reads the prompts of a request.
+
+    Raises:
+        Refused: it asks for what there is not, or for more than is allowed.
+    """
+    name, run = service.run(request.model)
+    for field in ("suffix", "presence_penalty", "frequency_penalty", "logit_bias"):
+        if getattr(request, field):
+            raise Refused(422, f"{field} is not supported", field)
+    if request.best_of is not None and request.best_of != (request.n or 1):
+        raise Refused(422, "best_of is not supported beyond n", "best_of")
+    completing = Completing(service, request, name, run)
+    await completing.begin()
+    return completing

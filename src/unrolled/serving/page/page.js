@@ -1,0 +1,416 @@
+// The one page. A text is read once: each model keeps a session, which is sent only what was typed since.
+
+const at = (id) => document.getElementById(id);
+const K = 10, HOTTEST_BITS = 16;
+let models = [], readers = [], token = sessionStorage.getItem("token") || "";
+
+// ------------------------------------------------------------------------------------------------ asking the server
+
+class Gone extends Error {}
+
+async function ask(method, path, body, signal) {
+  const headers = token ? { Authorization: `Bearer ${token}` } : {};
+  if (body !== undefined) headers["Content-Type"] = "application/json";
+  let response;
+  try {
+    response = await fetch(path, { method, headers, signal, body: body === undefined ? undefined : JSON.stringify(body) });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Gone("The server does not answer. Is it still running?");
+  }
+  if (response.status === 401) at("login").hidden = false;
+  if (!response.ok) {
+    const answer = await response.json().catch(() => null);
+    const error = new Error(answer?.error?.message || `The server answered ${response.status}.`);
+    error.status = response.status;
+    throw error;
+  }
+  problem("");
+  return response;
+}
+
+const get = async (path) => (await ask("GET", path)).json();
+const post = async (path, body) => (await ask("POST", path, body)).json();
+
+let waiting = 0;
+function problem(text, gone = false) {
+  at("problem").textContent = text;
+  at("problem").hidden = !text;
+  clearTimeout(waiting);
+  if (gone) waiting = setTimeout(() => get("healthz").then(refresh, failed), 1000);
+}
+
+function failed(error) {
+  if (error.name !== "AbortError") problem(error.message, error instanceof Gone);
+}
+
+// ------------------------------------------------------------------------------------------------ small pieces of page
+
+function make(name, attributes = {}, ...children) {
+  const element = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) {
+    if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
+    else element.setAttribute(key, value);
+  }
+  element.append(...children);
+  return element;
+}
+
+function draw(name, attributes = {}, ...children) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  element.append(...children);
+  return element;
+}
+
+const percent = (p) => (p >= 0.0995 ? `${Math.round(100 * p)} %` : p >= 0.00095 ? `${(100 * p).toFixed(1)} %` : "< 0.1 %");
+const visible = (piece) => ({ "\n": "⏎", " ": "␣", "\t": "⇥", "<eos>": "⏎", "": "·" })[piece] ?? piece;
+
+// ------------------------------------------------------------------------------------------------ a model reads the text
+
+class Reader {
+  constructor(model) {
+    this.model = model;
+    const of = readers.length || at("other").value ? [make("p", { class: "of" }, model.name)] : [];
+    const titled = (...rest) => make("div", {}, ...of.map((node) => node.cloneNode(true)), ...rest);
+    this.list = make("ol", { class: "words", "aria-label": `likeliest next, by ${model.name}` });
+    this.heat = make("div", { class: "heat", role: "group", tabindex: 0, "aria-label": `surprisal, by ${model.name}` });
+    this.sum = make("p", { class: "sum" });
+    this.out = make("div", { class: "out", tabindex: 0, "aria-label": `written by ${model.name}` });
+    this.done = make("p", { class: "sum" });
+    this.take = make("button", { type: "button", hidden: "", onclick: () => replace(this.continued) }, "Take as your text");
+    at("words").append(titled(this.list));
+    at("heat").append(titled(this.heat, this.sum));
+    at("texts").append(titled(this.out, this.done, this.take));
+    this.forget();
+  }
+
+  forget() {
+    Object.assign(this, { session: "", text: "", tokens: [], words: [] });
+  }
+
+  // What is read, and what is still being typed.
+  split(text) {
+    if (this.model.tokens !== "word") return [text, ""];
+    const typed = text.match(/\S*$/)[0];
+    return [text.slice(0, text.length - typed.length), typed];
+  }
+
+  async read(text) {
+    const [whole, typed] = this.split(text);
+    const grows = this.session && whole.startsWith(this.text) && (this.model.tokens !== "bpe" || whole === this.text);
+    if (!grows) {
+      if (this.session) ask("DELETE", `sessions/${this.session}`).catch(() => {});
+      this.forget();
+      this.keep(await post("sessions", { model: this.model.name, text: whole, k: typed ? 0 : K }), whole);
+    }
+    if (grows || typed) {
+      const more = { text: whole.slice(this.text.length), k: K, complete: typed };
+      try {
+        this.keep(await post(`sessions/${this.session}`, more), whole);
+      } catch (error) {
+        if (error.status !== 404) throw error;
+        this.forget(); // the session has expired: once more from the beginning
+        return this.read(text);
+      }
+    }
+    this.typed = typed;
+    this.show();
+  }
+
+  keep(answer, whole) {
+    this.session = answer.session;
+    this.text = whole;
+    this.tokens.push(...answer.read);
+    this.words = answer.words;
+  }
+
+  show() {
+    const rows = this.words.map(({ word, probability }) => {
+      const label = `${visible(word)}, ${percent(probability)}`;
+      const button = make("button", { type: "button", "aria-label": label, onclick: () => accept(this, word) });
+      button.style.setProperty("--share", `${100 * probability}%`);
+      button.append(make("span", {}, visible(word)), make("span", { class: "share" }, percent(probability)));
+      return make("li", {}, button);
+    });
+    if (!rows.length) rows.push(make("li", { class: "hint" }, `No word of this model begins with “${this.typed}”.`));
+    this.list.replaceChildren(...rows);
+    this.colour();
+  }
+
+  colour() {
+    const spaced = this.model.tokens === "word" ? " " : "";
+    let bits = 0;
+    const shown = this.heat.childElementCount > 0 && this.coloured <= this.tokens.length && this.session === this.shown ? this.coloured : 0;
+    if (!shown) this.heat.replaceChildren();
+    this.tokens.forEach(({ token, surprisal_bits }, place) => {
+      const surprisal = surprisal_bits ?? Infinity;
+      bits += surprisal;
+      if (place < shown) return;
+      const ends = token === "<eos>" || token === "\n";
+      const text = ends ? "⏎" : token;
+      const number = Number.isFinite(surprisal) ? surprisal.toFixed(1) : "∞";
+      const chance = Number.isFinite(surprisal) ? percent(2 ** -surprisal) : "0";
+      const element = make("span", { class: ends ? "token end" : "token", title: `${visible(token)}: ${number} bits, probability ${chance}` }, text, make("sub", {}, number));
+      element.style.setProperty("--hot", (0.85 * Math.min(surprisal, HOTTEST_BITS)) / HOTTEST_BITS);
+      this.heat.append(element, ends ? "\n" : spaced);
+    });
+    this.coloured = this.tokens.length;
+    this.shown = this.session;
+    const count = this.tokens.length;
+    this.sum.textContent = count ? `${count} tokens, ${bits.toFixed(1)} bits, perplexity ${(2 ** (bits / count)).toFixed(1)}` : "";
+  }
+
+  async write(options, signal) {
+    const prompt = at("text").value;
+    this.out.replaceChildren(make("span", { class: "prompt" }, prompt));
+    this.take.hidden = true;
+    this.done.textContent = "";
+    const written = document.createTextNode("");
+    this.out.append(written);
+    const response = await ask("POST", "generate", { ...options, model: this.model.name, prompt, stream: true }, signal);
+    this.continued = prompt;
+    try {
+      for await (const { event, data } of events(response.body)) {
+        if (event === "error") throw new Error(data.error.message);
+        if (event === "done") {
+          const [text] = data.texts;
+          if (options.detokenize) written.data = (prompt && /^\w/.test(text.text) ? " " : "") + text.text;
+          this.done.textContent = `${text.tokens} tokens, seed ${data.seed}`;
+        } else {
+          written.data += data.text;
+          this.continued += data.text;
+          this.out.scrollTop = this.out.scrollHeight;
+        }
+      }
+    } catch (error) {
+      if (signal.aborted) this.done.textContent = "stopped";
+      else throw error instanceof TypeError ? new Gone("The server does not answer. Is it still running?") : error;
+    } finally {
+      this.take.hidden = this.continued === prompt;
+    }
+  }
+}
+
+async function* events(body) {
+  let rest = "";
+  const lines = body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let part = await lines.read(); !part.done; part = await lines.read()) {
+    const blocks = (rest + part.value).split("\n\n");
+    rest = blocks.pop();
+    for (const block of blocks) {
+      const fields = Object.fromEntries(block.split("\n").map((line) => [line.slice(0, line.indexOf(":")), line.slice(line.indexOf(":") + 2)]));
+      yield { event: fields.event, data: JSON.parse(fields.data) };
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ typing
+
+let reading = false, again = false, typedAt = 0, tabLeaves = false;
+
+async function refresh() {
+  if (reading) {
+    again = true;
+    return;
+  }
+  reading = true;
+  do {
+    again = false;
+    const since = typedAt, results = await Promise.allSettled(readers.map((reader) => reader.read(at("text").value)));
+    results.filter((result) => result.reason).forEach((result) => failed(result.reason));
+    if (since) performance.measure("suggestions", { start: since, end: performance.now() });
+    if (since === typedAt) typedAt = 0;
+  } while (again);
+  reading = false;
+}
+
+function replace(text) {
+  at("text").value = text;
+  at("text").focus();
+  at("text").setSelectionRange(text.length, text.length);
+  refresh();
+}
+
+function accept(reader, word) {
+  const text = at("text").value;
+  if (reader.model.tokens !== "word") return replace(text + word);
+  const [whole] = reader.split(text);
+  at("said").textContent = `took ${word}`;
+  return replace(word === "<eos>" ? `${whole.trimEnd()}\n` : `${whole}${word} `);
+}
+
+at("text").addEventListener("input", () => {
+  typedAt = performance.now();
+  tabLeaves = false;
+  refresh();
+});
+
+at("text").addEventListener("keydown", (event) => {
+  const [reader] = readers;
+  if (event.key === "Escape") {
+    tabLeaves = true;
+    at("said").textContent = "Tab leaves the field now";
+  } else if (event.key === "Tab" && !event.shiftKey && !tabLeaves && reader?.words.length) {
+    event.preventDefault();
+    accept(reader, reader.words[0].word);
+  }
+});
+
+at("numbers").addEventListener("change", showNumbers);
+
+function showNumbers() {
+  readers.forEach((reader) => reader.heat.classList.toggle("numbers", at("numbers").checked));
+}
+
+// ------------------------------------------------------------------------------------------------ writing on
+
+let stopping = null;
+
+at("writing").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  stopping?.abort();
+  const mine = (stopping = new AbortController());
+  const options = { detokenize: at("detokenize").checked };
+  for (const field of ["length", "temperature", "top_p", "seed"]) {
+    if (at(field).value !== "") options[field] = Number(at(field).value);
+  }
+  at("stop").disabled = false;
+  const results = await Promise.allSettled(readers.map((reader) => reader.write(options, mine.signal)));
+  results.filter((result) => result.reason).forEach((result) => failed(result.reason));
+  if (stopping === mine) at("stop").disabled = true;
+});
+
+at("stop").addEventListener("click", () => stopping?.abort());
+
+// ------------------------------------------------------------------------------------------------ map and curves
+
+const SIZE = { width: 1000, height: 640, edge: 30 };
+
+async function showMap() {
+  if (!at("map").open) return;
+  const name = at("model").value;
+  at("near").textContent = "…";
+  const { tokens, places } = await get(`models/${encodeURIComponent(name)}/map?words=${at("count").value}`);
+  at("near").textContent = "";
+  const [xs, ys] = [0, 1].map((axis) => places.map((place) => place[axis]));
+  const scaled = (values, length) => {
+    const low = Math.min(...values), high = Math.max(...values);
+    return values.map((value) => SIZE.edge + ((value - low) / (high - low || 1)) * (length - 2 * SIZE.edge));
+  };
+  const [left, top] = [scaled(xs, SIZE.width), scaled(ys, SIZE.height)];
+  const taken = [];
+  const groups = tokens.map((token, place) => {
+    const text = visible(token), box = [left[place] + 5, top[place] - 8, left[place] + 7 + 6.3 * text.length, top[place] + 4];
+    const free = taken.every(([x1, y1, x2, y2]) => box[2] < x1 || x2 < box[0] || box[3] < y1 || y2 < box[1]);
+    if (free) taken.push(box);
+    const group = draw("g", { class: free ? "" : "unnamed", "data-word": token });
+    group.append(draw("circle", { class: "dot", cx: left[place], cy: top[place], r: 3 }), draw("text", { x: left[place] + 5, y: top[place] + 4 }, text));
+    group.addEventListener("click", () => find(token));
+    return group;
+  });
+  const svg = draw("svg", { viewBox: `0 0 ${SIZE.width} ${SIZE.height}`, role: "img", "aria-label": `${tokens.length} tokens of ${name} on a map` });
+  svg.append(...groups);
+  at("drawing").replaceChildren(svg);
+}
+
+function mark(words) {
+  for (const group of at("drawing").querySelectorAll("g")) group.classList.toggle("found", words.includes(group.dataset.word));
+}
+
+async function find(word) {
+  at("word").value = word;
+  const answer = await post("embeddings", { model: at("model").value, words: [word], k: 8 });
+  const near = answer.embeddings[0].neighbours;
+  at("near").textContent = near.map((other) => `${visible(other.word)} ${other.similarity.toFixed(2)}`).join(", ");
+  mark([word, ...near.map((other) => other.word)]);
+}
+
+at("map").addEventListener("toggle", () => showMap().catch(failed));
+at("count").addEventListener("change", () => showMap().catch(failed));
+at("search").addEventListener("submit", (event) => {
+  event.preventDefault();
+  find(at("word").value.trim()).catch((error) => (error.status ? (at("near").textContent = error.message) : failed(error)));
+});
+at("word").addEventListener("input", () => {
+  const typed = at("word").value.trim();
+  const found = [...at("drawing").querySelectorAll("g")].map((group) => group.dataset.word);
+  mark(typed ? found.filter((word) => word.startsWith(typed)) : []);
+});
+
+async function showCurves() {
+  if (!at("curves").open) return;
+  const charts = await Promise.all(readers.map(({ model }) => get(`models/${encodeURIComponent(model.name)}/curves`)));
+  at("charts").replaceChildren(...charts.map(chart));
+}
+
+function chart({ model, epochs }) {
+  const width = 560, height = 300, edge = 48;
+  const kinds = ["train", "valid"], value = (epoch, kind) => epoch[`${kind}_perplexity`];
+  const known = epochs.flatMap((epoch) => kinds.map((kind) => value(epoch, kind))).filter((number) => number > 0);
+  const box = make("div", {}, make("p", { class: "of" }, `${model}: perplexity by epoch`));
+  if (!known.length) {
+    box.append(make("p", {}, "No epoch was recorded."));
+    return box;
+  }
+  const [low, high] = [Math.log(Math.min(...known)), Math.log(Math.max(...known))];
+  const x = (place) => edge + (place / Math.max(epochs.length - 1, 1)) * (width - 2 * edge);
+  const y = (number) => height - 30 - ((Math.log(number) - low) / (high - low || 1)) * (height - 60);
+  const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `perplexity by epoch of ${model}` });
+  const ticks = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000].filter((tick) => Math.log(tick) >= low - 0.01 && Math.log(tick) <= high + 0.01);
+  for (const tick of ticks) {
+    svg.append(draw("line", { class: "axis", x1: edge, x2: width - edge, y1: y(tick), y2: y(tick) }));
+    svg.append(draw("text", { x: edge - 6, y: y(tick) + 4, "text-anchor": "end" }, String(tick)));
+  }
+  for (const place of new Set([0, Math.floor((epochs.length - 1) / 2), epochs.length - 1])) {
+    svg.append(draw("text", { x: x(place), y: height - 8, "text-anchor": "middle" }, String(epochs[place].epoch)));
+  }
+  for (const kind of kinds) {
+    const points = epochs.map((epoch, place) => [x(place), value(epoch, kind)]).filter(([, number]) => number > 0);
+    svg.append(draw("polyline", { class: kind, points: points.map(([left, number]) => `${left},${y(number)}`).join(" ") }));
+    const last = points.at(-1);
+    if (last) svg.append(draw("text", { class: kind, x: last[0] + 4, y: y(last[1]) + 4 }, kind));
+  }
+  const last = epochs.at(-1), figure = (number) => (number === null ? "–" : number.toFixed(2));
+  box.append(svg, make("p", { class: "sum" }, `epoch ${last.epoch}: train ${figure(last.train_perplexity)}, valid ${figure(last.valid_perplexity)}`));
+  return box;
+}
+
+at("curves").addEventListener("toggle", () => showCurves().catch(failed));
+
+// ------------------------------------------------------------------------------------------------ choosing models
+
+function choose() {
+  for (const place of ["words", "heat", "texts", "drawing"]) at(place).replaceChildren();
+  const names = [at("model").value, at("other").value].filter((name, place, all) => name && all.indexOf(name) === place);
+  readers.forEach((reader) => reader.session && ask("DELETE", `sessions/${reader.session}`).catch(() => {}));
+  readers = [];
+  for (const name of names) readers.push(new Reader(models.find((model) => model.name === name)));
+  showNumbers();
+  refresh();
+  showMap().catch(failed);
+  showCurves().catch(failed);
+}
+
+async function begin() {
+  ({ models } = await get("models"));
+  at("login").hidden = true;
+  const options = () => models.map(({ name, test_perplexity }) => {
+    const figure = test_perplexity ? `, perplexity ${test_perplexity.toFixed(1)}` : "";
+    return make("option", { value: name }, name + figure);
+  });
+  at("model").replaceChildren(...options());
+  at("other").replaceChildren(make("option", { value: "" }, "none"), ...options());
+  choose();
+}
+
+at("model").addEventListener("change", choose);
+at("other").addEventListener("change", choose);
+at("login").addEventListener("submit", (event) => {
+  event.preventDefault();
+  token = at("token").value;
+  sessionStorage.setItem("token", token);
+  begin().catch(failed);
+});
+addEventListener("pagehide", () => readers.forEach((reader) => reader.session && fetch(`sessions/${reader.session}`, { method: "DELETE", keepalive: true, headers: token ? { Authorization: `Bearer ${token}` } : {} })));
+begin().catch(failed);

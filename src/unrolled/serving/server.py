@@ -1,0 +1,56 @@
+"""`unrolled serve`: the routes behind a socket."""
+
+import socket
+from collections.abc import Callable
+
+import uvicorn
+
+from unrolled.errors import UnrolledError
+from unrolled.run import Run
+from unrolled.serving.app import make_app
+from unrolled.serving.service import Limits
+
+_LOCAL = ("127.0.0.1", "::1", "localhost")
+_GRACE_S = 5
+
+
+def serve(
+    runs: dict[str, Run],
+    host: str,
+    port: int,
+    limits: Limits,
+    token: str | None,
+    threads: int,
+    ready: Callable[[str], None],
+) -> None:
+    """Answers until it is interrupted; then what is under way has some seconds to end.
+
+    Args:
+        runs: opened run folders by name.
+        host: the address to listen at.
+        port: 0 for any that is free.
+        limits: of requests.
+        token: that requests have to bear; None for none.
+        threads: that computing may use.
+        ready: called with the server's address once it can be reached.
+
+    Raises:
+        UnrolledError: it cannot listen there.
+    """
+    for run in runs.values():
+        _ = run.model  # is read now, not when the first request waits for it
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.create_server((host, port), family=family, backlog=1024)
+    except (OSError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "ports go from 0 to 65535"
+        raise UnrolledError(f"cannot listen at {host}, port {port}: {reason}; pass another --port or --host") from error
+    hosts = ("127.0.0.1", "localhost", "[::1]") if host in _LOCAL else ("*",)  # no other site's name leads here
+    app = make_app(runs, limits, token, threads, hosts)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE_S, server_header=False
+    )
+    shown = f"[{host}]" if ":" in host else host
+    with listening:
+        ready(f"http://{shown}:{listening.getsockname()[1]}")
+        uvicorn.Server(config).run(sockets=[listening])

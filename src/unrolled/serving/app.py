@@ -196,9 +196,8 @@ def _routes(service: Service, metrics: Metrics) -> APIRouter:
 
 
 def _events(what: str) -> dict[int | str, dict[str, Any]]:
-    return {
-        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": f"With stream: {what}"}
-    }
+    event = {"type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string"}}}
+    return {200: {"content": {"text/event-stream": {"schema": event}}, "description": f"With stream: {what}"}}
 
 
 async def _written(writing: Writing) -> AsyncIterator[str]:
@@ -213,10 +212,14 @@ def _streamed(events: AsyncIterator[str], seconds: float) -> Any:
     """Events as they come; after so many seconds a problem, and the end."""
 
     async def bounded() -> AsyncIterator[str]:
+        end = asyncio.get_running_loop().time() + seconds
         try:
-            async with asyncio.timeout(seconds):
-                async for event in events:
-                    yield event
+            while True:
+                async with asyncio.timeout_at(end):  # never around a yield: it would end what is outside
+                    event = await anext(events, None)
+                if event is None:
+                    return
+                yield event
         except TimeoutError:
             yield f"event: error\ndata: {bytes(problem(408, f'not done within {seconds:g} s').body).decode()}\n\n"
 

@@ -155,14 +155,14 @@ class Completing:
             before = [0] * self.n
             async for drawn in writing:
                 for row, piece in enumerate(drawn.pieces):
-                    fresh = writing.drawing.tokens[row] > before[row]
-                    before[row] = writing.drawing.tokens[row]
-                    if not piece and not fresh:
+                    fresh = drawn.tokens[row] > before[row]
+                    before[row] = drawn.tokens[row]
+                    if ended[row] or not (piece or fresh):
                         continue
                     logprobs = self._drawn(drawn, row, piece, offsets[row]) if fresh else None
                     offsets[row] += len(piece)
                     self.completion_tokens += fresh
-                    done = writing.drawing.writers[row].done and not ended[row]
+                    done = drawn.stopped[row] and not ended[row]
                     ended[row] = ended[row] or done
                     reason: Literal["stop"] | None = "stop" if done else None
                     yield Choice(index=first + row, text=piece, logprobs=logprobs, finish_reason=reason)

@@ -43,11 +43,14 @@ class Read(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """One token of each text of a drawing: what it adds, and log-probabilities (B, V) that it was drawn from."""
+    """One token of each text of a drawing: what it adds, the log-probabilities (B, V) that it was drawn from, how many
+    tokens the text has now, and whether it has come to a stop."""
 
     pieces: tuple[str, ...]
     ids: list[int]
     log_probs: Tensor | None
+    tokens: list[int]
+    stopped: list[bool]
 
 
 @dataclass
@@ -182,6 +185,11 @@ class Engine:
         self._readings += map(_read, together.values())
 
 
+def _drawn(drawing: Drawing, log_probs: Tensor | None) -> Drawn:
+    pieces = drawing.draw(log_probs)
+    return Drawn(pieces, drawing.ids, log_probs, drawing.tokens, [writer.done for writer in drawing.writers])
+
+
 def _settle(future: "Future[T]", function: Callable[[], T]) -> None:
     try:
         future.set_result(function())
@@ -260,7 +268,7 @@ class _Lane:
         for draw, rows in zip(self.draws, self._rows, strict=True):
             last = first + draw.texts
             if not draw.stopped and not draw.drawing.done:
-                draw.put(Drawn(draw.drawing.draw(rows), draw.drawing.ids, rows))
+                draw.put(_drawn(draw.drawing, rows))
                 going.append(draw)
                 kept += range(first, last)
                 ids += draw.drawing.ids

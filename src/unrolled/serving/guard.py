@@ -1,4 +1,4 @@
-"""What stands before every request: who may ask, how many at a time, how much; and what is counted."""
+"""What stands before every request: who may ask, how many at a time; and what is counted."""
 
 import hmac
 import time
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -78,10 +79,20 @@ class Guard:
             status = message.get("status", status)
             await send(message)
 
+        read = 0
+
+        async def bounded() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self.body_bytes:
+                raise HTTPException(413, f"a request may have {self.body_bytes:,} bytes", {"Connection": "close"})
+            return message
+
         self.active += 1
         self.metrics.active.inc()
         try:
-            await (self._refusal(Request(scope)) or self._bounded)(scope, receive, counted)
+            await (self._refusal(Request(scope)) or self.app)(scope, bounded, counted)
         finally:
             self.active -= 1
             self.metrics.active.dec()
@@ -92,46 +103,13 @@ class Guard:
     def _refusal(self, request: Request) -> JSONResponse | None:
         path = request.url.path
         if self.token is not None and path not in OPEN and not path.startswith("/static-offline-docs/"):
-            given = request.headers.get("authorization", "").encode()
+            given = request.headers.get("authorization", "").encode("latin-1")
             if not hmac.compare_digest(given, f"Bearer {self.token}".encode()):
                 message = "this server wants its token: Authorization: Bearer …"
                 return problem(401, message, headers={"WWW-Authenticate": "Bearer"})
         if self.active > self.requests and path != "/healthz":
             return problem(429, f"{self.requests} requests are under way; try again", headers={"Retry-After": "1"})
-        length = request.headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > self.body_bytes:
-            return self._too_long()
         return None
-
-    async def _bounded(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Counts a body that does not say how long it is."""
-        read, started = 0, False
-
-        async def bounded() -> Message:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > self.body_bytes:
-                raise _TooLong
-            return message
-
-        async def noted(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        try:
-            await self.app(scope, bounded, noted)
-        except _TooLong:
-            if not started:
-                await self._too_long()(scope, receive, send)
-
-    def _too_long(self) -> JSONResponse:
-        return problem(413, f"a request may have {self.body_bytes:,} bytes", headers={"Connection": "close"})
-
-
-class _TooLong(Exception):
-    pass
 
 
 def describe(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -443,9 +443,19 @@ def serve(
         raise UnrolledError("serving needs FastAPI: pip install 'unrolled[serve]'") from error
     from unrolled.serving.service import Limits
 
-    for name, value in (("port", port + 1), ("threads", threads + 1), ("most-tokens", most_tokens)):
-        if value < 1:
-            raise UnrolledError(f"--{name} must not be {value - 1 if name != 'most-tokens' else value}")
+    if not 0 <= port <= 65535:
+        raise UnrolledError(f"--port must be from 0 to 65535, not {port}")
+    for name, value, least in (
+        ("threads", threads, 0),
+        ("most-tokens", most_tokens, 1),
+        ("most-samples", most_samples, 1),
+        ("most-requests", most_requests, 1),
+        ("most-sessions", most_sessions, 1),
+    ):
+        if value < least:
+            raise UnrolledError(f"--{name} must be at least {least}, not {value}")
+    if not most_seconds > 0:
+        raise UnrolledError(f"--most-seconds must be more than 0, not {most_seconds:g}")
     opened: dict[str, Any] = {}
     for run in runs:
         loaded = unrolled.load(run, device, precision)

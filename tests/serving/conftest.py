@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from starlette.testclient import TestClient
@@ -11,21 +12,17 @@ from starlette.testclient import TestClient
 import unrolled
 from unrolled.serving.app import make_app
 
-COMMAND = [sys.executable, "-m", "unrolled", "serve"]
 
-
-def start(*arguments: object, **environment: str) -> tuple[subprocess.Popen[str], str]:
-    """`unrolled serve` with these arguments at a free port, and its address."""
-    process = subprocess.Popen(
-        [*COMMAND, *map(str, arguments), "--port", "0", "--threads", "1"],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | environment,
-    )
-    assert process.stderr is not None
-    line = process.stderr.readline()
-    assert " at http://" in line, line + process.stderr.read()
-    return process, line.split(" at ")[1].strip()
+@contextmanager
+def server(*arguments: object, port: int = 0, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`unrolled serve` with these arguments, and its address; it has ended when this ends."""
+    command = [sys.executable, "-m", "unrolled", "serve", *map(str, arguments), "--port", str(port), "--threads", "1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | environment) as process:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert " at http://" in line, line + process.stderr.read()
+        yield process, line.split(" at ")[1].strip()
+        process.terminate()
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +35,5 @@ def client(toy_run: unrolled.Run, character_run: unrolled.Run) -> Iterator[TestC
 @pytest.fixture(scope="session")
 def address(toy_run: unrolled.Run, character_run: unrolled.Run) -> Iterator[str]:
     """`unrolled serve` of both."""
-    process, address = start(toy_run.path, character_run.path)
-    with process:
+    with server(toy_run.path, character_run.path) as (_, address):
         yield address
-        process.terminate()

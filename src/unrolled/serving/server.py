@@ -1,5 +1,6 @@
 """`unrolled serve`: the routes behind a socket."""
 
+import signal
 import socket
 from collections.abc import Callable
 
@@ -42,9 +43,9 @@ def serve(
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.create_server((host, port), family=family, backlog=1024)
-    except (OSError, OverflowError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "ports go from 0 to 65535"
-        raise UnrolledError(f"cannot listen at {host}, port {port}: {reason}; pass another --port or --host") from error
+    except OSError as error:
+        message = f"cannot listen at {host}, port {port}: {error.strerror}; pass another --port or --host"
+        raise UnrolledError(message) from error
     hosts = ("127.0.0.1", "localhost", "[::1]") if host in _LOCAL else ("*",)  # no other site's name leads here
     app = make_app(runs, limits, token, threads, hosts)
     config = uvicorn.Config(
@@ -52,5 +53,7 @@ def serve(
     )
     shown = f"[{host}]" if ":" in host else host
     with listening:
+        for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn takes them, and gives them back when it has ended
+            signal.signal(number, lambda *_: None)
         ready(f"http://{shown}:{listening.getsockname()[1]}")
         uvicorn.Server(config).run(sockets=[listening])

@@ -4,8 +4,8 @@ python tests/fuzz.py [--cases 100000] [--seed 1] [TARGET…]
 
 Real files are changed at random, in their bytes or, with hashes made to fit again, in their structure, and read. The
 only things that may come of it are an answer or an `UnrolledError` (an `OSError` where the command makes one line of
-it), in bounded time and memory. Cases run in child processes, so that a crash is found as well; those by hand share the time
-alike among the targets, of which some are a hundred times faster than others.
+it), in bounded time and memory. Cases run in child processes, so that a crash is found as well. Targets share the time
+alike; some are a hundred times faster than others.
 """
 
 import argparse

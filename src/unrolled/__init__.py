@@ -17,11 +17,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from unrolled.errors import UnrolledError
+    from unrolled.progress import Notebook
     from unrolled.recipe import Recipe, load_recipe
     from unrolled.run import Run, load
     from unrolled.training.loop import train
 
 _HOMES = {
+    "Notebook": "unrolled.progress",
     "Recipe": "unrolled.recipe",
     "Run": "unrolled.run",
     "UnrolledError": "unrolled.errors",
@@ -30,7 +32,7 @@ _HOMES = {
     "train": "unrolled.training.loop",
 }
 
-__all__ = ["Recipe", "Run", "UnrolledError", "load", "load_recipe", "train"]
+__all__ = ["Notebook", "Recipe", "Run", "UnrolledError", "load", "load_recipe", "train"]
 
 
 def __getattr__(name: str) -> Any:

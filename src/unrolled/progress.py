@@ -1,5 +1,6 @@
 """What `train` shows while it runs, on standard error: a live line on a terminal, plain lines elsewhere."""
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -107,3 +108,66 @@ class Display:
     def _say(self, text: str) -> None:
         self.said_at = time.monotonic()
         self.console.print(text)
+
+
+class Notebook:
+    """Progress in a notebook: the epochs so far and their curve, in place. `unrolled.train(…, progress=Notebook())`."""
+
+    def __init__(self) -> None:
+        self.epochs: list[dict[str, Any]] = []
+        self.step: dict[str, Any] = {}
+        self._handle: Any = None
+        self._shown_at = 0.0
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Takes an event of the training."""
+        if event["event"] == "epoch":
+            self.epochs.append(event)
+        elif event["event"] == "step":
+            self.step = event
+        if event["event"] == "epoch" or time.monotonic() - self._shown_at > 0.5:
+            self._show()
+
+    def _show(self) -> None:
+        from IPython.display import display
+
+        self._shown_at = time.monotonic()
+        if self._handle is None:
+            self._handle = display(self, display_id=True)
+        else:
+            self._handle.update(self)
+
+    def _repr_html_(self) -> str:
+        step, rows = self.step, ""
+        if step:
+            rows = (
+                f"<p>epoch {step['epoch']}, {step['window'] / step['windows']:.0%}: perplexity "
+                f"{step['train_perplexity']:,.2f}, {step['tokens_per_second']:,.0f} tokens/s</p>"
+            )
+        cells = "".join(
+            f"<tr><td>{epoch['epoch']}</td><td>{epoch['train_perplexity']:,.2f}</td>"
+            f"<td>{epoch['valid_perplexity']:,.2f}{' *' * epoch['best']}</td><td>{epoch['elapsed_s']:,.0f} s</td></tr>"
+            for epoch in self.epochs
+        )
+        head = "<tr><th>epoch</th><th>train</th><th>valid</th><th>time</th></tr>"
+        return f"<div>{rows}<table>{head}{cells}</table>{self._curve()}</div>"
+
+    def _curve(self) -> str:
+        """Perplexities by epoch, on a scale of logarithms."""
+        series = [[math.log(epoch[f"{split}_perplexity"]) for epoch in self.epochs] for split in ("train", "valid")]
+        values = [value for line in series for value in line if math.isfinite(value)]
+        if len(self.epochs) < 2 or not values:
+            return ""
+        low, span = min(values), max(max(values) - min(values), 1e-9)
+        lines = ""
+        for line, colour in zip(series, ("#4a86c8", "#d0702a"), strict=True):
+            points = (
+                f"{10 + 380 * place / (len(line) - 1):.1f},{130 - 120 * (value - low) / span:.1f}"
+                for place, value in enumerate(line)
+                if math.isfinite(value)
+            )
+            lines += f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{" ".join(points)}"/>'
+        return (
+            f'<svg width="400" height="140" role="img" aria-label="perplexity by epoch">{lines}</svg>'
+            '<p><span style="color:#4a86c8">train</span>, <span style="color:#d0702a">valid</span></p>'
+        )

@@ -49,6 +49,21 @@ class Run:
             f"<unrolled.Run {str(self.path)!r}: {self.recipe.name}, {len(self.tokenizer):,} {self.recipe.data.tokens}s>"
         )
 
+    def _repr_html_(self) -> str:
+        from unrolled.inference.shown import table_html
+
+        results = self.manifest.get("results", {})
+        figures = [(split, f"{results[split]['perplexity']:.2f}") for split in ("valid", "test") if split in results]
+        rows = [
+            ("recipe", self.recipe.name),
+            ("corpus", str(self.manifest["corpus"]["name"])),
+            ("vocabulary", f"{len(self.tokenizer):,} {self.recipe.data.tokens}s"),
+            ("parameters", f"{num_parameters(self.recipe.model, len(self.tokenizer)):,}"),
+            *((f"{split} perplexity", figure) for split, figure in figures),
+            ("status", str(self.manifest["status"])),
+        ]
+        return table_html(str(self.path), rows)
+
     @cached_property
     def model(self) -> LanguageModel:
         """The network with its best weights, in evaluation mode."""

@@ -57,7 +57,17 @@ ORDER = {
     "nn": ["cells", "unroll", "loss", "dropout", "model", "stream"],
     "training": ["optim", "resume", "start", "stop", "loop"],
     "serving": ["schema", "engine", "sessions", "service", "completions", "guard", "app", "server"],
-    "inference": ["evaluate", "reading", "score", "rescore", "detokenize", "sampling", "generate", "embeddings"],
+    "inference": [
+        "evaluate",
+        "reading",
+        "shown",
+        "score",
+        "rescore",
+        "detokenize",
+        "sampling",
+        "generate",
+        "embeddings",
+    ],
 }
 """Within a folder a module imports only those before it."""
 
@@ -144,7 +154,7 @@ def test_the_network_and_the_optimiser_keep_to_their_rooms() -> None:
 
 
 def test_the_public_api_is_this_list() -> None:
-    assert unrolled.__all__ == ["Recipe", "Run", "UnrolledError", "load", "load_recipe", "train"]
+    assert unrolled.__all__ == ["Notebook", "Recipe", "Run", "UnrolledError", "load", "load_recipe", "train"]
     for name in unrolled.__all__:
         assert getattr(unrolled, name).__doc__
     assert set(unrolled.__all__) <= set(dir(unrolled))

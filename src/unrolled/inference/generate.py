@@ -13,6 +13,7 @@ from unrolled.data.tokens import Tokenizer
 from unrolled.errors import UnrolledError
 from unrolled.inference.reading import NOTHING, Reading, Unread
 from unrolled.inference.sampling import Sampling, Writer
+from unrolled.inference.shown import prediction_html
 from unrolled.nn.model import LanguageModel
 from unrolled.nn.stream import Stream
 from unrolled.nn.unroll import LayerStates, pick
@@ -27,6 +28,9 @@ class Prediction:
 
     prefix: str
     words: list[tuple[str, float]]
+
+    def _repr_html_(self) -> str:
+        return prediction_html(self.prefix, self.words)
 
 
 def prefix_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:

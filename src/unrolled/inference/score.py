@@ -12,6 +12,7 @@ import torch
 from unrolled.data.tokens import Tokenizer
 from unrolled.errors import UnrolledError
 from unrolled.inference.reading import Reading, Unread
+from unrolled.inference.shown import score_html
 from unrolled.nn.loss import perplexity
 from unrolled.nn.model import LanguageModel
 from unrolled.nn.unroll import LayerStates
@@ -43,6 +44,9 @@ class Score:
     def perplexity(self) -> float | None:
         """None for a text without tokens."""
         return perplexity(-self.log_prob, self.tokens) if self.per_token else None
+
+    def _repr_html_(self) -> str:
+        return score_html(self.per_token, self.unknown, self.perplexity)
 
 
 @final

@@ -2,9 +2,9 @@
 
 python benchmarks/memory.py [--megabytes 10 1000] [--seconds 90] [RECIPE OPTION…]           (ptb-small when left out)
 
-The texts are drawn from 50,000 words with Zipf's frequencies. Reading, learning the vocabulary, counting and training all
-count; the training is stopped after so many seconds of it. Prints a line of JSON for each text: the most that was resident,
-and the most of it that was not pages of files, which the system may take back.
+The texts are drawn from 50,000 words with Zipf's frequencies. Reading, learning the vocabulary, counting and training
+all count; the training is stopped after so many seconds of it. Prints a line of JSON for each text: the most that was
+resident, and the most of it that was not pages of files, which the system may take back.
 """
 
 import argparse

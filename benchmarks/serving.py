@@ -2,8 +2,8 @@
 
 python benchmarks/serving.py RUN TEXT [--seconds 60] [--clients 1 16 64] [--requests 100000]
 
-Each client asks for the ten likeliest words after the beginning of a line of TEXT, of any length, and asks again when it
-has the answer. Clients and server share the machine. Prints a line of JSON for each measurement.
+Each client asks for the ten likeliest words after the beginning of a line of TEXT, of any length, and asks again when
+it has the answer. Clients and server share the machine. Prints a line of JSON for each measurement.
 """
 
 import argparse

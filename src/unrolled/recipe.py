@@ -72,6 +72,8 @@ class Model(Section):
     """The decoder's matrix is the embedding, whose size is then that of the last layer."""
     init_scale: Annotated[float, Field(gt=0, le=1e6)] = 0.1
     """Weights begin uniform between minus this and this, biases at 0."""
+    draw_decoder_bias: bool = False
+    """The decoder's biases begin like weights, as in TensorFlow's tutorial."""
     forget_bias: float = 0.0
     """Added to the LSTM's forget gate at the start; the references use none."""
     activation: Literal["tanh", "relu"] = "tanh"
@@ -131,6 +133,8 @@ class Training(Section):
     """AdamW's decay of the weights towards 0."""
     max_grad_norm: PositiveFloat = 5.0
     """The gradient's global norm is clipped to this."""
+    norm_convention: Literal["exact", "tensorflow"] = "exact"
+    """tensorflow: each time that a token occurs counts by itself in the norm, as its `clip_by_global_norm` has it."""
     seed: NonNegativeInt = 1
     """Of the first parameters and of dropout."""
     device: str = "auto"
@@ -164,6 +168,13 @@ class Recipe(Section):
     data: Data = Data()
     model: Model = Model()
     training: Training = Training()
+
+    @model_validator(mode="after")
+    def _norm_convention_has_its_gradient(self) -> Self:
+        sparse = self.training.optimizer == "sgd" and self.model.embedding_size and not self.model.tie_weights
+        if self.training.norm_convention == "tensorflow" and not sparse:
+            raise ValueError("training.norm_convention tensorflow takes sgd and an embedding that is not the decoder's")
+        return self
 
     def to_toml(self) -> str:
         """Every value, defaults too."""

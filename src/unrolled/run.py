@@ -314,6 +314,7 @@ def _network(model: Model, vocab_size: int) -> LanguageModel:
         dropout=model.dropout,
         init_scale=model.init_scale,
         tie_weights=model.tie_weights,
+        draw_decoder_bias=model.draw_decoder_bias,
         **{name: getattr(model, name) for name in CELLS[model.cell].options},
     )
 

@@ -28,6 +28,7 @@ class LanguageModel(nn.Module):
         cell: a name in `CELLS`.
         dropout: the probability that a unit is dropped (1 - "keep probability").
         init_scale: every weight begins uniform in [-init_scale, init_scale], every bias at zero.
+        draw_decoder_bias: but the decoder's, which begins as the weights do.
         tie_weights: the decoder's matrix is the embedding (Press & Wolf 2017, arXiv 1608.05859); E is then the top H.
         cell_options: what else the cell is made with, such as `forget_bias` or `activation`.
     """
@@ -41,6 +42,7 @@ class LanguageModel(nn.Module):
         dropout: float = 0.0,
         init_scale: float = 0.1,
         tie_weights: bool = False,
+        draw_decoder_bias: bool = False,
         **cell_options: Any,
     ) -> None:
         super().__init__()
@@ -54,13 +56,14 @@ class LanguageModel(nn.Module):
             self.decoder.weight = self.embedding.weight
         self.dropout = Dropout(dropout)
         self.unroll: Unroll = unroll
-        self.reset_parameters(init_scale)
+        self.reset_parameters(init_scale, draw_decoder_bias)
 
-    def reset_parameters(self, init_scale: float) -> None:
+    def reset_parameters(self, init_scale: float, draw_decoder_bias: bool = False) -> None:
         """Draw the weights anew, from torch's global generator.
 
         Biases begin at zero (Zaremba et al. draw them too): the loss before training is then ln V whatever the seed,
-        which is worth more as a check than the noise of a few frequent words' biases.
+        which is worth more as a check than the noise of a few frequent words' biases. TensorFlow's tutorial draws those
+        of the decoder.
         """
         if isinstance(self.embedding, nn.Embedding):
             nn.init.uniform_(self.embedding.weight, -init_scale, init_scale)
@@ -69,6 +72,8 @@ class LanguageModel(nn.Module):
             nn.init.zeros_(self.decoder.bias)
         for cell in self.layers:
             cell.reset_parameters(init_scale)
+        if draw_decoder_bias and isinstance(self.decoder, nn.Linear):
+            nn.init.uniform_(self.decoder.bias, -init_scale, init_scale)
 
     @property
     def has_tied_weights(self) -> bool:

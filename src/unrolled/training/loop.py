@@ -55,7 +55,7 @@ def run_epoch(
         nll_nats, grad_norm = nll.item(), math.nan
         if math.isfinite(nll_nats):
             (nll / training.batch_size).backward()  # the references' scale: summed over time, averaged over streams
-            grad_norm = clip_and_step(optimizer, training.max_grad_norm)
+            grad_norm = clip_and_step(optimizer, training.max_grad_norm, training.norm_convention)
 
         position.window += 1
         position.step += 1

@@ -49,8 +49,14 @@ def learning_rate(training: Training, epoch: int, step: int, total_steps: int) -
 
 
 @torch.no_grad()
-def clip_and_step(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
+def clip_and_step(optimizer: torch.optim.Optimizer, max_norm: float, norm_convention: str = "exact") -> float:
     """Clips the gradients by their global norm, steps, and lets go of them; plain SGD in one pass where kernels serve.
+
+    Args:
+        optimizer: of one group.
+        max_norm: the most that the norm may be.
+        norm_convention: "exact"; or "tensorflow", whose `clip_by_global_norm` takes the norm of a sparse gradient as it
+            comes, each occurrence of a token by itself, which is mostly smaller.
 
     Returns:
         The norm before clipping. Where it is not finite there is no step.
@@ -58,9 +64,9 @@ def clip_and_step(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
     (group,) = optimizer.param_groups
     parameters = group["params"]
     if isinstance(optimizer, torch.optim.SGD) and ops.serves(parameters[0]):
-        norm = _descend(parameters, group["lr"], max_norm)
+        norm = _descend(parameters, group["lr"], max_norm, norm_convention)
     else:
-        norm = clip_by_global_norm(parameters, max_norm)
+        norm = clip_by_global_norm(parameters, max_norm, norm_convention)
         if math.isfinite(norm):
             optimizer.step()
     optimizer.zero_grad()
@@ -68,39 +74,40 @@ def clip_and_step(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
 
 
 @torch.no_grad()
-def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float, norm_convention: str = "exact") -> float:
     """Scales all gradients by one factor so that their global norm is at most `max_norm`; returns the norm before.
 
     Pascanu et al. 2013 (arXiv 1211.5063), algorithm 1. The squares of a row are summed in f32, rows and tensors in f64:
     over a whole 10,000 x 200 gradient PyTorch's f32 norm came out 4e-4 too low, which moves the clipping.
     """
-    values = [gradient.values() if gradient.is_sparse else gradient for _, gradient in _gradients(parameters)]
+    pairs = _gradients(parameters, norm_convention)
+    values = [gradient._values() if gradient.is_sparse else gradient for _, gradient in pairs]
     norm = torch.stack([torch.linalg.vector_norm(value, dim=-1).double().norm() for value in values]).norm().item()
     if norm > max_norm:
         torch._foreach_mul_(values, max_norm / norm)
     return norm
 
 
-def _descend(parameters: list[nn.Parameter], rate: float, max_norm: float) -> float:
+def _descend(parameters: list[nn.Parameter], rate: float, max_norm: float, norm_convention: str) -> float:
     """`clip_by_global_norm` and a step of plain SGD, by the kernels."""
-    pairs = _gradients(parameters)
+    pairs = _gradients(parameters, norm_convention)
     dense = [(parameter, gradient) for parameter, gradient in pairs if not gradient.is_sparse]
     sparse = [(parameter, gradient) for parameter, gradient in pairs if gradient.is_sparse]
     parameters, gradients = [parameter for parameter, _ in dense], [gradient for _, gradient in dense]
-    others = [gradient.values() for _, gradient in sparse]
+    others = [gradient._values() for _, gradient in sparse]
     norm = torch.ops.unrolled.clip_and_descend(parameters, gradients, others, max_norm, rate).item()
     if math.isfinite(norm):
         rate *= max_norm / max(norm, max_norm)
         for parameter, gradient in sparse:
-            parameter.index_add_(0, gradient.indices()[0], gradient.values(), alpha=-rate)
+            parameter.index_add_(0, gradient._indices()[0], gradient._values(), alpha=-rate)
     return norm
 
 
-def _gradients(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
-    """Those that have one; a sparse one has each row once."""
+def _gradients(parameters: Iterable[nn.Parameter], norm_convention: str) -> list[tuple[nn.Parameter, Tensor]]:
+    """Those that have one; a sparse one has each row once, where the norm is exact."""
     pairs = []
     for parameter in parameters:
-        if parameter.grad is not None and parameter.grad.is_sparse:
+        if parameter.grad is not None and parameter.grad.is_sparse and norm_convention == "exact":
             parameter.grad = parameter.grad.coalesce()
         if parameter.grad is not None:
             pairs.append((parameter, parameter.grad))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from unrolled.errors import UnrolledError
 
 if TYPE_CHECKING:
+    from unrolled.data.tokens import Tokenizer
     from unrolled.inference.score import Score
     from unrolled.items import Item
     from unrolled.run import Run
@@ -35,6 +36,33 @@ def utf8(text: str) -> str:
     except UnicodeEncodeError as error:
         raise UnrolledError(f"{text!r} is not UTF-8") from error
     return text
+
+
+def visible(text: str) -> str:
+    """A text in one line: its line ends are shown."""
+    return text.replace("\n", "⏎")
+
+
+def notice_unknown(tokenizer: "Tokenizer", text: str) -> None:
+    """Says on standard error which words of a text the model reads as `<unk>`."""
+    from unrolled.errors import did_you_mean
+
+    if tokenizer.unknown_id is None:
+        return
+    ids, pieces = tokenizer.encode(text), tokenizer.pieces(text)
+    unknown = list(
+        dict.fromkeys(piece.strip() for piece, id in zip(pieces, ids, strict=True) if id == tokenizer.unknown_id)
+    )
+    unknown = [word for word in unknown if word != "<unk>"]
+    if unknown:
+        named = ", ".join(map(repr, unknown[:5])) + ", …" * (len(unknown) > 5)
+        lower = unknown[0].lower()
+        hint = (
+            f"; did you mean {lower!r}?"
+            if lower in tokenizer.vocabulary
+            else did_you_mean(unknown[0], tokenizer.vocabulary)
+        )
+        notice(f"not in the vocabulary, so read as <unk>: {named}{hint}")
 
 
 def figure(value: float | None, digits: int) -> str:

@@ -17,12 +17,14 @@ from unrolled.answers import (
     fail,
     figure,
     notice,
+    notice_unknown,
     print_epoch,
     print_json,
     print_results,
     print_table,
     read_lines,
     utf8,
+    visible,
 )
 from unrolled.errors import UnrolledError
 from unrolled.options import Device, Json, Precision, RecipeOptions, RunFolder, Text, Whole
@@ -171,7 +173,7 @@ def score(
     """How probable each line of a text is: log-probability, tokens, unknown words, perplexity.
 
     Lines are answered as they come, so a stream without end can be scored. A line that cannot be scored is said in its
-    place, and the rest go on.
+    place (with --nbest and --anomalies on standard error), and the rest go on; the exit status is 0 all the same.
 
     Parameters
     ----------
@@ -227,6 +229,8 @@ def score(
     else:
         for item, result in scored:
             printer.line(item, result)
+    for wrong in scored.wrong:
+        notice(f"line {wrong}")
     if scored.failed:
         notice(f"{scored.failed} of {scored.seen} lines could not be scored")
 
@@ -277,10 +281,17 @@ def predict(
             print_json({"prefix": text, "words": [{"word": word, "probability": value} for word, value in pairs]})
             return
         print(f"{text} …\n" * (prefix is None), end="")
-        print(*(f"{value:9.3%}  {shown(word)}" for word, value in pairs), sep="\n", flush=True)
+        print(*(f"{_share(value)}  {shown(word) if words == 1 else visible(word)}" for word, value in pairs), sep="\n")
+        sys.stdout.flush()
 
     if prefix is not None:
-        print_answer(prefix, answers([utf8(prefix)])[0])
+        found = answers([utf8(prefix)])[0]
+        notice_unknown(
+            model.tokenizer, prefix.removesuffix(prefix.split()[-1]) if complete and prefix.split() else prefix
+        )
+        print_answer(prefix, found)
+        if not found:
+            notice(f"no word of this model begins with {prefix.split()[-1]!r}")
         return
     for batch in read_items("-", plain_item):
         wrong = next((item for item in batch if item.error), None)
@@ -289,6 +300,10 @@ def predict(
             print_answer(text, pairs)
         if wrong:
             raise UnrolledError(f"standard input, line {wrong.id}: {wrong.error}")
+
+
+def _share(probability: float) -> str:
+    return f"{probability:9.3%}" if probability >= 5e-6 else f"{probability:9.1e}"
 
 
 @app.command
@@ -375,6 +390,7 @@ def generate(
         "banned": ban,
         "unknown": unknown,
     }
+    notice_unknown(model.tokenizer, prompt)
     if samples == 1 and not json and not detokenize:
         piece = prompt
         print(prompt, end="", flush=True)

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from unrolled.inference.score import Score, Scorer
 
 
+_MOST_WRONG = 10
+
+
 @dataclass(frozen=True)
 class Item:
     """A text to be scored, with the id that goes back, and for an n-best list its score elsewhere; or what is wrong."""
@@ -32,6 +35,8 @@ def read_items(file: str, read: Callable[[int, str], Item]) -> Iterator[list[Ite
     if file == "-" and sys.stdin is None:
         raise UnrolledError("standard input is closed")
     rest, number = b"", 0
+    if file != "-" and not os.path.exists(file):
+        raise UnrolledError(f"no file {file!r}; for a text itself: echo '…' | unrolled score RUN")
     with sys.stdin.buffer if file == "-" else open(file, "rb") as stream:
         while True:
             block = os.read(stream.fileno(), 1 << 16)
@@ -108,6 +113,7 @@ class Scored:
     def __init__(self, scorer: "Scorer", batches: Iterable[list[Item]], carry: bool) -> None:
         self.scorer, self.batches, self.carry = scorer, batches, carry
         self.seen = self.failed = 0
+        self.wrong: list[str] = []
 
     def __iter__(self) -> Iterator[tuple[Item, "Score | UnrolledError"]]:
         for batch in self.batches:
@@ -120,8 +126,12 @@ class Scored:
                 yield item, result
 
     def scores(self) -> Iterator[tuple[Item, "Score"]]:
-        """Those that could be scored."""
-        return ((item, result) for item, result in self if not isinstance(result, UnrolledError))
+        """Those that could be scored; what was wrong with the first few others is in `wrong`."""
+        for item, result in self:
+            if not isinstance(result, UnrolledError):
+                yield item, result
+            elif len(self.wrong) < _MOST_WRONG:
+                self.wrong.append(f"{item.id}: {result}")
 
     def _next(self, item: Item) -> "Score | UnrolledError":
         try:

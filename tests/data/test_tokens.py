@@ -1,6 +1,8 @@
 """Text <-> ids. The `tokenizers` library, reading tokenizer.json by itself, is the oracle of the fast twins."""
 
+import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -220,3 +222,15 @@ def test_a_corpus_encoded_in_pieces_is_the_corpus_encoded_whole(tokenizer: Token
     corpus = open_text(str(write("long.txt", content)))
     assert corpus is not None
     np.testing.assert_array_equal(prepare_with(corpus, tokenizer).ids["text"], tokenizer.encode(content))
+
+
+def test_several_threads_may_encode_at_once(write: Callable[[str, bytes | str], Path]) -> None:
+    chance = random.Random(1)
+    words = ["".join(chance.choices("abcdefghij", k=chance.randrange(1, 9))) for _ in range(3000)]
+    corpus = open_corpus(str(write("text.txt", " ".join(words) + "\n")), "utf-8")
+    tokenizer = prepare(corpus, Vocabulary("bpe", 300)).tokenizer
+    texts = [" ".join(chance.choices(words, k=50)) for _ in range(60)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(tokenizer.encode, texts))
+    for ids, encoded in zip(found, texts, strict=True):
+        assert tokenizer.decode(ids.tolist()) == encoded

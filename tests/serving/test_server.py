@@ -55,6 +55,8 @@ def test_openais_client_scores_with_echo(api: openai.OpenAI, toy_run: unrolled.R
     assert [text[a:b] for a, b in zip(logprobs.text_offset, ends, strict=True)] == logprobs.tokens
     assert logprobs.top_logprobs is not None
     best = toy_run.predict("the dog", 3, unknown=True).words
+    assert logprobs.tokens[0] in logprobs.top_logprobs[0]
+    assert api.models.retrieve("toy").id == "toy"
     assert list(logprobs.top_logprobs[2]) == [" " + word if word != "<eos>" else "\n" for word, _ in best]
     with pytest.raises(openai.NotFoundError, match="no model 'toi'; did you mean 'toy'"):
         api.completions.create(model="toi", prompt="the")

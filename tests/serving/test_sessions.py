@@ -1,5 +1,6 @@
 """Sessions are bounded in number, in memory and in time."""
 
+import numpy as np
 import torch
 
 import unrolled
@@ -7,7 +8,7 @@ from unrolled.serving.sessions import Place, Sessions
 
 
 def place(run: unrolled.Run, tokens: int = 0) -> Place:
-    return Place(run.model.initial_state(1), torch.zeros(len(run.tokenizer)), tokens)
+    return Place(run.model.initial_state(1), torch.zeros(len(run.tokenizer)), tokens, np.zeros(0, np.int64))
 
 
 def test_the_one_unused_for_longest_gives_way(toy_run: unrolled.Run) -> None:

@@ -13,6 +13,7 @@ import codecs
 import itertools
 import re
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from operator import itemgetter
@@ -83,6 +84,7 @@ class Tokenizer:
             "bpe": _Pieces(backend, [len(token) for token in self.vocabulary]),
         }[self.unit]
         self._table: np.ndarray | None = None
+        self._encoding = threading.Lock()  # what was learnt of words is kept between texts
 
     def __len__(self) -> int:
         return len(self.vocabulary)
@@ -97,7 +99,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise UnrolledError(f"not UTF-8: {text!r}") from error
-        return self._encode(text).astype(self.dtype, copy=False)
+        with self._encoding:
+            return self._encode(text).astype(self.dtype, copy=False)
 
     def _encode_characters(self, text: str) -> np.ndarray:
         missing = len(self)

@@ -1,7 +1,7 @@
 """The likeliest next tokens after a text, and texts continued."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -19,6 +19,8 @@ from unrolled.nn.stream import Stream
 from unrolled.nn.unroll import LayerStates, pick
 
 _PREFIXES_AT_ONCE = 64
+_DECODER_REMEMBERS = 8
+"""Tokens: of words whether the last ended a line, of bytes the beginning of a character."""
 MOST_SAMPLES = 1024
 
 
@@ -114,7 +116,6 @@ def _last_word(text: str) -> str:
     return "" if not text or text[-1].isspace() else text.split()[-1]
 
 
-@torch.inference_mode()
 def continuations(
     model: LanguageModel,
     tokenizer: Tokenizer,
@@ -138,28 +139,45 @@ def continuations(
     Raises:
         UnrolledError: an option is out of bounds, or the prefix is not in the vocabulary of a model without `<unk>`.
     """
-    for name, value, most in (("length", length, 1_000), ("k", k, width), ("width", width, MOST_SAMPLES)):
-        if not 1 <= value <= most:
-            raise UnrolledError(f"{name} must be from 1 to {most}, not {value}")
-    mask = Sampling(unknown=unknown).mask(tokenizer)
-    log_probs, state = read_prefix(model, tokenizer, prefix)
-    stream, totals = Stream(model, state), torch.zeros(1)
-    rows, sequences = log_probs.cpu().unsqueeze(0), torch.zeros(1, 0, dtype=torch.int64)
-    for number in range(length):
-        joint = (totals.unsqueeze(-1) + rows + mask).flatten()
-        totals, places = joint.topk(min(width, int(joint.isfinite().sum())))
-        parents, ids = places // len(tokenizer), places % len(tokenizer)
-        sequences = torch.cat([sequences[parents], ids.unsqueeze(-1)], dim=-1)
-        if number < length - 1:
-            stream.pick(parents.to(model.device))
-            rows = stream.read(ids.to(model.device)).cpu()
-    read, found = tokenizer.encode(prefix).tolist(), []
-    for sequence, total in zip(sequences[:k].tolist(), totals[:k].tolist(), strict=True):
-        decode = tokenizer.decoder()
-        for id in read:
-            decode(id)
-        found.append(("".join(map(decode, sequence)), total))
+    beam = Beam(tokenizer, prefix, length, k, width, unknown)
+    reading = Reading(model, [Unread(beam.prefix_ids, NOTHING, follows=True)]).finish()
+    *_, found = beam.through(model, reading.log_probs[0], reading.states)
     return found
+
+
+@final
+class Beam:
+    """A beam search; the arguments are those of `continuations`."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, prefix: str, length: int, k: int, width: int, unknown: bool = False
+    ) -> None:
+        for name, value, most in (("length", length, 1_000), ("k", k, width), ("width", width, MOST_SAMPLES)):
+            if not 1 <= value <= most:
+                raise UnrolledError(f"{name} must be from 1 to {most}, not {value}")
+        self.tokenizer, self.length, self.k, self.width = tokenizer, length, k, width
+        self.mask = Sampling(unknown=unknown).mask(tokenizer)
+        self.prefix_ids = prefix_ids(tokenizer, prefix)
+
+    @torch.inference_mode()
+    def through(
+        self, model: LanguageModel, log_probs: Tensor, states: LayerStates
+    ) -> Iterator[list[tuple[str, float]]]:
+        """From log-probabilities (V,) and the state (B = 1) after the prefix; yields what is found after each token."""
+        stream, totals = Stream(model, states), torch.zeros(1)
+        rows, sequences = log_probs.cpu().unsqueeze(0), torch.zeros(1, 0, dtype=torch.int64)
+        for number in range(self.length):
+            joint = (totals.unsqueeze(-1) + rows + self.mask).flatten()
+            totals, places = joint.topk(min(self.width, int(joint.isfinite().sum())))
+            parents, ids = places // len(self.tokenizer), places % len(self.tokenizer)
+            sequences = torch.cat([sequences[parents], ids.unsqueeze(-1)], dim=-1)
+            if number < self.length - 1:
+                stream.states = pick(stream.states, parents.to(model.device))
+                rows = stream.read(ids.to(model.device)).cpu()
+            yield [
+                ("".join(map(going_on(self.tokenizer, self.prefix_ids), sequence)), total)
+                for sequence, total in zip(sequences[: self.k].tolist(), totals[: self.k].tolist(), strict=True)
+            ]
 
 
 def generate(
@@ -222,6 +240,14 @@ def new_seed() -> int:
     return random.SystemRandom().randrange(1 << 32)
 
 
+def going_on(tokenizer: Tokenizer, ids: np.ndarray) -> Callable[[int], str]:
+    """The tokenizer's decoder, as it is after the text that these ids end."""
+    decode = tokenizer.decoder()
+    for id in ids[1:][-_DECODER_REMEMBERS:].tolist():
+        decode(id)
+    return decode
+
+
 @final
 class Drawing:
     """Texts after one prompt, drawn side by side a token of each at a time. All that can be wrong is said at once.
@@ -229,6 +255,7 @@ class Drawing:
     Args:
         tokenizer: the model's.
         prompt, length, seed, random_start, stop: as `generate`.
+        after: ids (T,) that were read in place of a prompt, or the last of them.
         samples: how many texts.
         sampling: how tokens are drawn.
 
@@ -248,6 +275,7 @@ class Drawing:
         random_start: bool,
         stop: tuple[str, ...],
         sampling: Sampling,
+        after: np.ndarray | None = None,
     ) -> None:
         if length < 0:
             raise UnrolledError(f"length must be at least 0, not {length}")
@@ -264,18 +292,15 @@ class Drawing:
             sampling.mask(tokenizer),
         )
         self.source = torch.Generator().manual_seed(new_seed() if seed is None else seed)
-        self.prompt_ids = prefix_ids(tokenizer, prompt)
+        self.prompt_ids = prefix_ids(tokenizer, prompt) if after is None else after
         self.ids: list[int] = []
         self.tokens, self.done = [0] * samples, length == 0
-        self._before = torch.zeros(samples, len(tokenizer), dtype=torch.bool)
-        self._before[:, self.prompt_ids[1:]] = True
-        self.writers = [self._writer(tokenizer, stop) for _ in range(samples)]
-
-    def _writer(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> Writer:
-        decode = tokenizer.decoder()
-        for id in self.prompt_ids[1:].tolist():  # so that the text goes on where the prompt ends
-            decode(id)
-        return Writer(decode, stop)
+        self._before: list[Tensor | None] = [None] * samples
+        if sampling.repetition_penalty > 1:
+            before = torch.zeros(samples, len(tokenizer), dtype=torch.bool)
+            before[:, self.prompt_ids[1:]] = True
+            self._before = list(before)
+        self.writers = [Writer(going_on(tokenizer, self.prompt_ids), stop) for _ in range(samples)]
 
     def draw(self, log_probs: Tensor | None) -> tuple[str, ...]:
         """One more token of each text from their log-probabilities (B, V), None for all alike: what each adds."""
@@ -284,7 +309,9 @@ class Drawing:
         else:
             rows = zip(log_probs, self._before, strict=True)
             self.ids = [self.sampling.draw(row + self.mask, self.source, before) for row, before in rows]
-        self._before[range(len(self.ids)), self.ids] = True
+        for before, id in zip(self._before, self.ids, strict=True):
+            if before is not None:
+                before[id] = True
         self.tokens = [n + (not writer.done) for n, writer in zip(self.tokens, self.writers, strict=True)]
         pieces = [writer.write(id) for writer, id in zip(self.writers, self.ids, strict=True)]
         self.done = max(self.tokens) == self.length or all(writer.done for writer in self.writers)

@@ -42,11 +42,12 @@ def oddest(
 ) -> list[tuple[Any, Score, list[tuple[str, float]]]]:
     """The lines with the highest nats per token, the oddest first, each with its oddest tokens.
 
-    Only so many are held, however many there are. Of lines that are as odd the earlier comes first.
+    Only so many are held, however many there are. Of lines that are as odd the earlier comes first, of equal ones only
+    the first, and empty ones not at all.
     """
     held: list[tuple[float, int, Any, Score]] = []
     for number, (id, score) in enumerate(scores):
-        if score.tokens:
+        if score.text.strip() and not any(score.text == other.text for *_, other in held):
             heapq.heappush(held, (-score.log_prob / score.tokens, -number, id, score))
             if len(held) > lines:
                 heapq.heappop(held)

@@ -1,6 +1,6 @@
 """How the next token is drawn, and how what is drawn becomes text."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import final
 
@@ -111,9 +111,13 @@ class Writer:
             self.done = True
             certain, self.held = self.held[: min(ends)], ""
             return certain
-        kept = max((n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
+        kept = max((n for stop in self.stops for n in self._begun(stop)), default=0)
         certain, self.held = self.held[: len(self.held) - kept], self.held[len(self.held) - kept :]
         return certain
+
+    def _begun(self, stop: str) -> Iterator[int]:
+        """How much of a stop what is held may end with."""
+        return (n for n in range(1, min(len(stop), len(self.held) + 1)) if self.held.endswith(stop[:n]))
 
     def rest(self) -> str:
         """What was held back, at the end."""

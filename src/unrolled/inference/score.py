@@ -92,6 +92,8 @@ class Scorer:
         Raises:
             UnrolledError: it is too long, or something is not in the vocabulary of a model without `<unk>`.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"score takes one text, not {type(text).__name__}; score_many takes several")
         (score,) = self.score_many([text])
         if isinstance(score, UnrolledError):
             raise score

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from unrolled.kernels import ops
 from unrolled.nn.model import LanguageModel
-from unrolled.nn.unroll import LayerStates, join, kernel_layer, pick
+from unrolled.nn.unroll import LayerStates, kernel_layer
 
 
 @final
@@ -25,7 +25,6 @@ class Stream:
 
     def __init__(self, model: LanguageModel, states: LayerStates) -> None:
         self.model = model
-        self._states = states
         self._packed: Tensor | None = None
         layers = [layer for cell in model.layers if (layer := kernel_layer(cell))]
         decoder = model.decoder
@@ -37,8 +36,7 @@ class Stream:
             embedding = model.embedding.weight if isinstance(model.embedding, nn.Embedding) else None
             narrow = torch.is_autocast_enabled("cpu")
             self._packed = ops.pack(layers, embedding, decoder.weight, decoder.bias, narrow)
-            self._state = torch.cat([tensor.flatten() for state in states for tensor in state])
-            self._streams = len(states[0][0])
+        self.states = states
 
     @torch.inference_mode()
     def read(self, ids: Tensor) -> Tensor:
@@ -48,22 +46,20 @@ class Stream:
         logits, normaliser = torch.ops.unrolled.step(self._packed, ids, self._state, self.model.vocab_size)
         return logits[:, : self.model.vocab_size] - normaliser.unsqueeze(-1)
 
-    def pick(self, rows: Tensor) -> None:
-        """The texts go on as these of them (N,), in this order, any of them as often as it is named."""
+    @property
+    def states(self) -> LayerStates:
+        """Of the texts as far as they were read. Others may take their place, as many as there are."""
         if self._packed is None:
-            self._states = pick(self._states, rows)
-            return
-        self._state = torch.cat([part[rows].flatten() for part in self._parts()])
-        self._streams = len(rows)
+            return self._states
+        parts = iter(self._parts())
+        return tuple(tuple(next(parts) for _ in state) for state in self._states)
 
-    def add(self, states: LayerStates) -> None:
-        """More texts after those that it reads."""
-        if self._packed is None:
-            self._states = join([self._states, states])
-            return
-        more = [part for state in states for part in state]
-        self._state = torch.cat([torch.cat(pair).flatten() for pair in zip(self._parts(), more, strict=True)])
-        self._streams += len(more[0])
+    @states.setter
+    def states(self, states: LayerStates) -> None:
+        self._states = states
+        if self._packed is not None:
+            self._state = torch.cat([part.flatten() for state in states for part in state])
+            self._streams = len(states[0][0])
 
     def _parts(self) -> list[Tensor]:
         """The layers' states (B, H) one after the other, as they lie in the kernels' memory."""

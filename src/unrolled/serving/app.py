@@ -13,6 +13,7 @@ from fastapi.responses import Response, StreamingResponse
 from fastapi.routing import APIRoute, APIRouter
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -24,6 +25,8 @@ from unrolled.serving.completions import Completion, CompletionRequest, complete
 from unrolled.serving.guard import Guard, Metrics, describe, problem
 from unrolled.serving.service import Limits, Refused, Service, Writing
 
+_PATIENCE_S = 0.5
+"""Between looks whether whoever asked is still there."""
 _PAGE = resources.files("unrolled.serving") / "page"
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
@@ -75,7 +78,7 @@ def make_app(
         TimeoutError, lambda request, error: problem(408, f"not done within {limits.seconds:g} s")
     )
     app.add_exception_handler(Exception, lambda request, error: problem(500, "an internal error; the log has it"))
-    app.add_middleware(Guard, metrics, token, limits.requests, limits.body_bytes)
+    app.add_middleware(Guard, metrics, token, limits.requests, limits.body_bytes, limits.seconds)
     if hosts != ("*",):
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     return app
@@ -85,14 +88,22 @@ def _routes(service: Service, metrics: Metrics) -> APIRouter:
     seconds = service.limits.seconds
 
     class Timed(APIRoute):
-        """Gives a request up after so many seconds."""
+        """Gives a request up after so many seconds, or when whoever asked has gone."""
 
         def get_route_handler(self) -> Callable[[Request], Any]:
             handle = super().get_route_handler()
 
             async def timed(request: Request) -> Response:
                 async with asyncio.timeout(seconds):
-                    return await handle(request)
+                    await request.body()
+                    work = asyncio.create_task(handle(request))
+                    try:
+                        while not (await asyncio.wait({work}, timeout=_PATIENCE_S))[0]:
+                            if await request.is_disconnected():
+                                break
+                        return await work if work.done() else Response(status_code=499)
+                    finally:
+                        work.cancel()
 
             return timed
 
@@ -102,12 +113,12 @@ def _routes(service: Service, metrics: Metrics) -> APIRouter:
     @routes.post("/score", responses=missing)
     async def score(request: schema.ScoreRequest) -> schema.ScoreAnswer:
         """How probable texts are."""
-        return await service.score(request)
+        return await _ready(await service.score(request))
 
     @routes.post("/predict", responses=missing)
     async def predict(request: schema.PredictRequest) -> schema.PredictAnswer:
         """The likeliest next tokens after texts."""
-        return await service.predict(request)
+        return await _ready(await service.predict(request))
 
     @routes.post("/generate", responses=missing | _events("pieces of text, then the answer"))
     async def generate(request: schema.GenerateRequest) -> schema.GenerateAnswer:
@@ -125,12 +136,12 @@ def _routes(service: Service, metrics: Metrics) -> APIRouter:
     @routes.post("/embeddings", responses=missing)
     async def embeddings(request: schema.EmbeddingsRequest) -> schema.EmbeddingsAnswer:
         """The tokens nearest to given ones."""
-        return await service.embeddings(request)
+        return await _ready(await service.embeddings(request))
 
     @routes.post("/sessions", responses=missing, status_code=201)
     async def begin(request: schema.SessionRequest) -> schema.SessionAnswer:
         """Begins a text that will grow; the server keeps its state."""
-        return await service.begin(request)
+        return await _ready(await service.begin(request), 201)
 
     @routes.get("/sessions/{id}", responses=missing)
     async def standing(id: str) -> schema.SessionAnswer:
@@ -140,7 +151,7 @@ def _routes(service: Service, metrics: Metrics) -> APIRouter:
     @routes.post("/sessions/{id}", responses=missing)
     async def go_on(id: str, request: schema.ReadRequest) -> schema.SessionAnswer:
         """More of the text: one step for each token, however long the text."""
-        return await service.go_on(id, request)
+        return await _ready(await service.go_on(id, request))
 
     @routes.post("/sessions/{id}/fork", responses=missing, status_code=201)
     async def fork(id: str) -> schema.SessionAnswer:
@@ -174,13 +185,18 @@ def _routes(service: Service, metrics: Metrics) -> APIRouter:
         completing = await complete(service, request)
         if request.stream:
             return _streamed(completing.pieces(), seconds)
-        return await completing.whole()
+        return await _ready(await completing.whole())
 
     @routes.get("/v1/models")
     async def openai_models() -> dict[str, Any]:
         """The models by OpenAI's protocol."""
-        data = [{"id": name, "object": "model", "created": 0, "owned_by": "unrolled"} for name in service.runs]
-        return {"object": "list", "data": data}
+        return {"object": "list", "data": [_openai_model(name) for name in service.runs]}
+
+    @routes.get("/v1/models/{name}", responses=missing)
+    async def openai_model(name: str) -> dict[str, Any]:
+        """A model by OpenAI's protocol."""
+        service.run(name)
+        return _openai_model(name)
 
     @routes.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -193,6 +209,16 @@ def _routes(service: Service, metrics: Metrics) -> APIRouter:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return routes
+
+
+async def _ready(answer: BaseModel, status: int = 200) -> Any:
+    """The answer as it is sent, written out in a thread: a large one would stop all others."""
+    content = await asyncio.to_thread(answer.model_dump_json)
+    return Response(content, status, media_type="application/json")
+
+
+def _openai_model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "unrolled"}
 
 
 def _events(what: str) -> dict[int | str, dict[str, Any]]:
@@ -259,10 +285,13 @@ def _unrolled_error(request: Request, error: Exception) -> Response:
 
 def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
-    status = 400 if first["type"] == "json_invalid" else 422
-    return problem(status, f"{place or 'the request'}: {first['msg']}", place or None)
+    found = error.errors()
+    first = next((e for e in found if e["type"] not in ("string_type", "list_type")), found[0])  # not "or a string"
+    place = ".".join(str(part) for part in first["loc"] if str(part).isidentifier() or isinstance(part, int))
+    place = place.removeprefix("body.").removeprefix("query.").removeprefix("path.").removesuffix(".str")
+    if first["type"] == "json_invalid":
+        return problem(400, f"the request is not JSON: {first['ctx']['error']}")
+    return problem(422, f"{place or 'the request'}: {first['msg']}", place or None)
 
 
 def _http_error(request: Request, error: Exception) -> Response:

@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal, final
 
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
-from unrolled.inference.generate import new_seed, prefix_ids
+from unrolled.inference.generate import Drawing, going_on, new_seed
 from unrolled.inference.reading import Unread
 from unrolled.inference.sampling import Sampling
 from unrolled.run import Run
 from unrolled.serving.engine import Drawn
+from unrolled.serving.schema import Name, Stops, Words
 from unrolled.serving.service import Refused, Service, Writing
 
 _MOST_LIKELIEST = 20
@@ -23,15 +23,15 @@ class CompletionRequest(BaseModel):
     """A completion as OpenAI's clients ask for it; fields that they may add are ignored."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
-    model: str = Field(description="A model by name.")
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1_000)] = ""
+    model: Name = Field(description="A model by name.")
+    prompt: Words | Annotated[list[Words], Field(min_length=1, max_length=1_000, fail_fast=True)] = ""
     max_tokens: int | None = Field(16, ge=0, le=100_000)
     n: int | None = Field(1, ge=1, le=128)
     temperature: float | None = Field(1.0, ge=0, le=2)
     top_p: float | None = Field(1.0, gt=0, le=1)
     logprobs: int | None = Field(None, ge=0, le=_MOST_LIKELIEST)
     echo: bool | None = False
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: Stops | None = None
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     stream: bool | None = False
     stream_options: dict[str, Any] | None = None
@@ -103,23 +103,23 @@ class Completing:
             unknown=request.unknown,
         )
         seed = new_seed() if request.seed is None else request.seed % (1 << 63)
+        self.service.allow_drawing(len(self.prompts) * self.n, self.length)
         asked = []
         for number, prompt in enumerate(self.prompts):
-            ids = prefix_ids(run.tokenizer, prompt)[not request.begin :]
+            options = (False, stop, sampling)
+            drawing = Drawing(run.tokenizer, prompt, self.n, self.length, (seed + number) % (1 << 63), *options)
+            ids = drawing.prompt_ids[not request.begin :]
             if not len(ids):
                 raise Refused(422, "an empty prompt has to begin a line", "begin")
-            drawing = self.service.drawing(
-                run, prompt, self.n, self.length, (seed + number) % (1 << 63), False, stop, sampling
-            )
             scored = bool(request.echo) and request.logprobs is not None
             targets = ids[1:] if scored else ids[:0]
             asked.append((prompt, ids, drawing, Unread(ids, targets, top=request.logprobs or 0, follows=True)))
         reads = await self.service.read(run, [text for *_, text in asked])
+        wants = request.logprobs is not None
         for (prompt, ids, drawing, _), read in zip(asked, reads, strict=True):
-            assert read.log_probs is not None
             self.prompt_tokens += len(ids) - request.begin
-            start = read.log_probs.expand(self.n, -1), read.states
-            writing = Writing(self.service, run, drawing, start, self.head["model"], prompt, seed)
+            start = read.log_probs, read.states
+            writing = Writing(self.service, run, drawing, start, self.head["model"], prompt, seed, False, wants)
             echoed = self._echoed(prompt, read.nats.tolist(), read.likeliest) if request.echo else None
             self.begun.append((Choice(index=0, text=prompt if request.echo else "", logprobs=echoed), writing))
 
@@ -131,53 +131,55 @@ class Completing:
         missing: list[None] = [None] * (len(pieces) - len(nats))
         found = LogProbs(tokens=pieces, token_logprobs=[*missing, *(-value for value in nats)])
         if self.request.logprobs:
-            found.top_logprobs = [*missing, *map(self._named, likeliest)]
+            before = ["\n", *pieces][len(missing) :]
+            found.top_logprobs = [*missing, *map(self._named, likeliest, before)]
         place = 0
         for piece in pieces:
             found.text_offset.append(place)
             place += len(piece)
         return found
 
-    def _named(self, likeliest: list[tuple[int, float]]) -> dict[str, float]:
-        token = self.run.tokenizer.token
-        spaced = " " if self.run.tokenizer.unit == "word" else ""
-        return {spaced + token(id) if token(id) != "<eos>" else "\n": value for id, value in likeliest}
+    def _named(self, likeliest: list[tuple[int, float]], before: str) -> dict[str, float]:
+        """Tokens as they would stand after the text before them, the likeliest first."""
+        return {self._text(id, before.endswith("\n")): value for id, value in likeliest}
+
+    def _text(self, id: int, at_line_start: bool) -> str:
+        token = self.run.tokenizer.token(id)
+        if self.run.tokenizer.unit != "word":
+            return token
+        return "\n" if token == "<eos>" else token if at_line_start else f" {token}"
 
     async def steps(self) -> AsyncIterator[Choice]:
         """What each token adds to each choice; the last of a choice has its reason to finish."""
         for number, (head, writing) in enumerate(self.begun):
-            first = number * self.n
-            ended = [False] * self.n
-            offsets = [len(writing.prompt) if self.request.echo else 0] * self.n
-            for row in range(self.n):
+            rows = [_Row(number * self.n + row, writing, bool(self.request.echo)) for row in range(self.n)]
+            for row in rows:
                 if self.request.echo:
-                    yield head.model_copy(update={"index": first + row})
-            before = [0] * self.n
+                    yield head.model_copy(update={"index": row.index})
             async for drawn in writing:
-                for row, piece in enumerate(drawn.pieces):
-                    fresh = drawn.tokens[row] > before[row]
-                    before[row] = drawn.tokens[row]
-                    if ended[row] or not (piece or fresh):
+                for place, row in enumerate(rows):
+                    if row.ended:
                         continue
-                    logprobs = self._drawn(drawn, row, piece, offsets[row]) if fresh else None
-                    offsets[row] += len(piece)
-                    self.completion_tokens += fresh
-                    done = drawn.stopped[row] and not ended[row]
-                    ended[row] = ended[row] or done
-                    reason: Literal["stop"] | None = "stop" if done else None
-                    yield Choice(index=first + row, text=piece, logprobs=logprobs, finish_reason=reason)
-            for row in range(self.n):
-                if not ended[row]:
-                    yield Choice(index=first + row, text="", finish_reason="length")
+                    logprobs = self._drawn(drawn, place, row)
+                    self.completion_tokens += drawn.tokens[place] - row.tokens
+                    row.tokens, row.ended = drawn.tokens[place], drawn.stopped[place]
+                    reason: Literal["stop"] | None = "stop" if row.ended else None
+                    yield Choice(index=row.index, text=drawn.pieces[place], logprobs=logprobs, finish_reason=reason)
+            for row in rows:
+                if not row.ended:
+                    yield Choice(index=row.index, text="", finish_reason="length")
 
-    def _drawn(self, drawn: Drawn, row: int, piece: str, offset: int) -> LogProbs | None:
-        if self.request.logprobs is None or drawn.log_probs is None:
+    def _drawn(self, drawn: Drawn, place: int, row: "_Row") -> LogProbs | None:
+        """The token that was drawn: as it stands there, though a stop that it may begin holds its text back."""
+        if drawn.log_probs is None:
             return None
-        values: Tensor = drawn.log_probs[row]
-        found = LogProbs(tokens=[piece], token_logprobs=[float(values[drawn.ids[row]])], text_offset=[offset])
+        values, id, before = drawn.log_probs[place], drawn.ids[place], row.text
+        row.text = row.decode(id)
+        found = LogProbs(tokens=[row.text], token_logprobs=[float(values[id])], text_offset=[row.offset])
+        row.offset += len(row.text)
         if self.request.logprobs:
             largest, ids = values.topk(min(self.request.logprobs, len(values)))
-            found.top_logprobs = [self._named(list(zip(ids.tolist(), largest.tolist(), strict=True)))]
+            found.top_logprobs = [self._named(list(zip(ids.tolist(), largest.tolist(), strict=True)), before)]
         return found
 
     async def whole(self) -> Completion:
@@ -205,6 +207,17 @@ class Completing:
     def _usage(self) -> Usage:
         read, drawn = self.prompt_tokens, self.completion_tokens
         return Usage(prompt_tokens=read, completion_tokens=drawn, total_tokens=read + drawn)
+
+
+@final
+class _Row:
+    """One choice as it grows: its last token's text, where the next begins."""
+
+    def __init__(self, index: int, writing: Writing, echo: bool) -> None:
+        prompt, drawing = writing.prompt, writing.drawing
+        self.index, self.tokens, self.ended = index, 0, False
+        self.decode = going_on(writing.run.tokenizer, drawing.prompt_ids)
+        self.text, self.offset = prompt or "\n", len(prompt) if echo else 0
 
 
 def _joined(first: LogProbs | None, second: LogProbs) -> LogProbs:

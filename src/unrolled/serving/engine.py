@@ -1,10 +1,10 @@
 """One thread that does all the computing, so that requests share it and none can stop another.
 
-    requests ──► short texts that wait together ──► one Reading ─┐
-             ──► a long text ──────────────────────► a Reading ──┼─► a window of each in turn ──► answers
-             ──► texts being drawn ─────────────────► one Stream ┘   a token of each in turn  ──► pieces
+    requests ──► small ones that wait together ──► one reading ─┐
+             ──► a large one ───────────────────► a reading ────┼─► a window of each in turn ──► answers
+             ──► texts being drawn ─────────────► one stream ───┘   a token of each in turn  ──► pieces
 
-The event loop only takes requests and writes answers; it hands work over by `read`, `draw` and `call`.
+The event loop only takes requests and writes answers; it hands work over by `read`, `draw` and `last`.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar, final
+from typing import Any, Generic, NamedTuple, TypeVar, final
 
 import numpy as np
 import torch
@@ -26,8 +26,11 @@ from unrolled.nn.unroll import LayerStates, join, pick
 from unrolled.run import Run
 
 _TEXTS_AT_ONCE = 64
-_SHORT = 256
-"""Tokens; a longer text is read by itself, so that no short one waits for its end."""
+_SMALL = 256
+"""Tokens of a request, all its texts together; a larger one is read by itself, so that no small one waits for it."""
+_AHEAD = 16
+"""Tokens that a drawing may be ahead of whoever listens."""
+_CLOSING_S = 5.0
 
 T = TypeVar("T")
 
@@ -43,8 +46,8 @@ class Read(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """One token of each text of a drawing: what it adds, the log-probabilities (B, V) that it was drawn from, how many
-    tokens the text has now, and whether it has come to a stop."""
+    """One token of each text of a drawing: what it adds, its id, the log-probabilities (B, V) that it was drawn from
+    where they were asked for, how many tokens the text has now, and whether it has come to a stop."""
 
     pieces: tuple[str, ...]
     ids: list[int]
@@ -64,27 +67,30 @@ class _Texts:
 
 
 @dataclass
+class _Steps(Generic[T]):
+    """Anything else, in steps."""
+
+    steps: Iterator[T]
+    future: "Future[T]" = field(default_factory=Future)
+
+
+@dataclass
 class _Draw:
-    """A drawing under way."""
+    """A drawing under way; `given` pieces were put, `taken` of them were listened to."""
 
     run: Run
     drawing: Drawing
     log_probs: Tensor | None
     states: LayerStates
+    wants_log_probs: bool
     put: Callable[[Drawn | BaseException | None], None]
     stopped: bool = False
+    given: int = 0
+    taken: int = 0
 
     @property
-    def texts(self) -> int:
-        return len(self.states[0][0])
-
-
-@dataclass
-class _Call:
-    """Anything else."""
-
-    function: Callable[[], Any]
-    future: "Future[Any]" = field(default_factory=Future)
+    def waits(self) -> bool:
+        return not self.stopped and self.given - self.taken >= _AHEAD
 
 
 @final
@@ -96,8 +102,8 @@ class Engine:
     """
 
     def __init__(self, threads: int = 1) -> None:
-        self._jobs: queue.SimpleQueue[_Texts | _Draw | _Call | None] = queue.SimpleQueue()
-        self._readings: list[Iterator[None]] = []
+        self._jobs: queue.SimpleQueue[_Texts | _Draw | _Steps[Any] | None] = queue.SimpleQueue()
+        self._rounds: list[Iterator[None]] = []
         self._lanes: dict[Run, _Lane] = {}
         self._closed = False
         self._thread = threading.Thread(target=self._work, args=(threads,), name="unrolled-engine", daemon=True)
@@ -106,19 +112,26 @@ class Engine:
     async def read(self, run: Run, texts: Sequence[Unread], states: LayerStates | None = None) -> list[Read]:
         """Reads texts from states of all of them, None for zero states, together with what else is asked now."""
         job = _Texts(run, texts, states)
-        return await self._done(job, job.future)
+        self._submit(job)
+        return await asyncio.wrap_future(job.future)
 
-    async def call(self, function: Callable[..., T], *arguments: Any) -> T:
-        """The result of a function, which meanwhile stops all else: it had better be short."""
-        job = _Call(lambda: function(*arguments))
-        return await self._done(job, job.future)
+    async def last(self, steps: Iterator[T]) -> T:
+        """The last of what an iterator yields, a step of it in each round."""
+        job = _Steps(steps)
+        self._submit(job)
+        return await asyncio.wrap_future(job.future)
 
     async def draw(
-        self, run: Run, drawing: Drawing, log_probs: Tensor | None, states: LayerStates
+        self,
+        run: Run,
+        drawing: Drawing,
+        log_probs: Tensor | None,
+        states: LayerStates,
+        wants_log_probs: bool = False,
     ) -> AsyncIterator[Drawn]:
         """Draws from the log-probabilities (B, V) and states (B) after the prompt, a token of each text at a time.
 
-        When whoever listens goes away, so does the drawing.
+        It is never far ahead of whoever listens; when they go away, it ends.
         """
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Drawn | BaseException | None]()
 
@@ -126,13 +139,14 @@ class Engine:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        job = _Draw(run, drawing, log_probs, states, put)
+        job = _Draw(run, drawing, log_probs, states, wants_log_probs, put)
         self._submit(job)
         try:
             while (piece := await pieces.get()) is not None:
                 if isinstance(piece, BaseException):
                     raise piece
                 yield piece
+                job.taken += 1
         finally:
             job.stopped = True
 
@@ -140,13 +154,9 @@ class Engine:
         """Ends the thread; what is under way is given up."""
         self._closed = True
         self._jobs.put(None)
-        self._thread.join()
+        self._thread.join(_CLOSING_S)
 
-    async def _done(self, job: "_Texts | _Call", future: "Future[T]") -> T:
-        self._submit(job)
-        return await asyncio.wrap_future(future)
-
-    def _submit(self, job: "_Texts | _Draw | _Call") -> None:
+    def _submit(self, job: "_Texts | _Draw | _Steps[Any]") -> None:
         if self._closed:
             raise RuntimeError("the engine is closed")
         self._jobs.put(job)
@@ -157,9 +167,9 @@ class Engine:
         torch.set_num_threads(threads)
         while not self._closed:
             self._take()
-            for reading in list(self._readings):
-                if next(reading, reading) is reading:
-                    self._readings.remove(reading)
+            for one in list(self._rounds):
+                if next(one, one) is one:
+                    self._rounds.remove(one)
             for lane in self._lanes.values():
                 lane.step()
         for lane in self._lanes.values():
@@ -167,33 +177,44 @@ class Engine:
 
     def _take(self) -> None:
         """All jobs that wait; where there is nothing else to do, waits for one."""
-        busy = bool(self._readings) or any(lane.draws for lane in self._lanes.values())
-        jobs = [] if busy else [self._jobs.get()]
+        jobs = list[_Texts | _Draw | _Steps[Any] | None]()
+        draws = [draw for lane in self._lanes.values() for draw in lane.draws]
+        if not self._rounds and all(draw.waits for draw in draws):
+            try:
+                jobs.append(self._jobs.get(timeout=0.005 if draws else None))
+            except queue.Empty:
+                return
         while not self._jobs.empty():
             jobs.append(self._jobs.get())
         together: dict[Run, list[_Texts]] = {}
         for job in jobs:
-            if isinstance(job, _Texts) and max((len(text.ids) for text in job.texts), default=0) <= _SHORT:
+            if isinstance(job, _Texts) and sum(len(text.ids) for text in job.texts) <= _SMALL:
                 together.setdefault(job.run, []).append(job)
             elif isinstance(job, _Texts):
-                self._readings.append(_read([job]))
+                self._rounds.append(_read([job]))
             elif isinstance(job, _Draw):
                 lane = self._lanes.get(job.run) or self._lanes.setdefault(job.run, _Lane(job.run))
                 lane.draws.append(job)
-            elif isinstance(job, _Call) and job.future.set_running_or_notify_cancel():
-                _settle(job.future, job.function)
-        self._readings += map(_read, together.values())
+            elif isinstance(job, _Steps):
+                self._rounds.append(_stepped(job))
+        self._rounds += map(_read, together.values())
 
 
-def _drawn(drawing: Drawing, log_probs: Tensor | None) -> Drawn:
-    pieces = drawing.draw(log_probs)
-    return Drawn(pieces, drawing.ids, log_probs, drawing.tokens, [writer.done for writer in drawing.writers])
-
-
-def _settle(future: "Future[T]", function: Callable[[], T]) -> None:
+def _stepped(job: "_Steps[Any]") -> Iterator[None]:
     try:
-        future.set_result(function())
+        found = None
+        for found in job.steps:  # noqa: B007
+            yield
+            if job.future.cancelled():
+                return
+        if job.future.set_running_or_notify_cancel():
+            job.future.set_result(found)
     except Exception as error:
+        _fail(job.future, error)
+
+
+def _fail(future: "Future[Any]", error: Exception) -> None:
+    if not future.done() and future.set_running_or_notify_cancel():
         future.set_exception(error)
 
 
@@ -203,8 +224,8 @@ def _read(jobs: list[_Texts]) -> Iterator[None]:
     try:
         places = [(job, number) for job, request in enumerate(jobs) for number in range(len(request.texts))]
         places.sort(key=lambda place: len(jobs[place[0]].texts[place[1]].ids))
-        for first in range(0, len(places), _TEXTS_AT_ONCE):
-            chosen = places[first : first + _TEXTS_AT_ONCE]
+        while places := [place for place in places if not jobs[place[0]].future.cancelled()]:
+            chosen, places = places[:_TEXTS_AT_ONCE], places[_TEXTS_AT_ONCE:]
             texts = [jobs[job].texts[number] for job, number in chosen]
             with run.rounded():
                 reading = Reading(run.model, texts, join([_state(jobs[job], number) for job, number in chosen]))
@@ -213,20 +234,28 @@ def _read(jobs: list[_Texts]) -> Iterator[None]:
                 with run.rounded():
                     going = reading.advance()
                 yield
-                if all(job.future.cancelled() for job in jobs):
-                    return
+                if all(jobs[job].future.cancelled() for job, _ in chosen):
+                    break
+            if going:  # nobody waits for these any more
+                continue
             for row, (job, number) in enumerate(chosen):
                 log_probs = reading.log_probs[row].clone() if texts[row].follows else None
-                found[job][number] = Read(
-                    reading.nats[row], reading.likeliest[row], log_probs, pick(reading.states, [row])
-                )
-        for job, results in zip(jobs, found, strict=True):
-            if job.future.set_running_or_notify_cancel():
-                job.future.set_result([results[number] for number in range(len(job.texts))])
+                states = pick(reading.states, [row])
+                found[job][number] = Read(reading.nats[row], reading.likeliest[row], log_probs, states)
+            for request, results in zip(jobs, found, strict=True):
+                if len(results) == len(request.texts) and not request.future.done():
+                    _settle(request.future, [results[number] for number in range(len(results))])
+        for request in jobs:  # those of no texts
+            if not request.texts:
+                _settle(request.future, [])
     except Exception as error:
-        for job in jobs:
-            if not job.future.done() and job.future.set_running_or_notify_cancel():
-                job.future.set_exception(error)
+        for request in jobs:
+            _fail(request.future, error)
+
+
+def _settle(future: "Future[list[Read]]", results: list[Read]) -> None:
+    if future.set_running_or_notify_cancel():
+        future.set_result(results)
 
 
 def _state(job: _Texts, number: int) -> LayerStates:
@@ -241,10 +270,9 @@ class _Lane:
         self.run = run
         self.draws: list[_Draw] = []
         self._stream: Stream | None = None
-        self._rows: list[Tensor | None] = []
 
     def step(self) -> None:
-        """One token of every text."""
+        """One token of every text that is listened to."""
         if not self.draws:
             return
         try:
@@ -257,27 +285,33 @@ class _Lane:
         """Gives up what is under way."""
         for draw in self.draws:
             draw.put(error)
-        self.draws, self._rows, self._stream = [], [], None
+        self.draws = []
 
     def _step(self) -> None:
         stream = self._stream = self._stream or Stream(self.run.model, self.run.model.initial_state(0))
-        for draw in self.draws[len(self._rows) :]:
-            stream.add(draw.states)
-            self._rows.append(draw.log_probs)
-        going, kept, ids, first = list[_Draw](), list[int](), list[int](), 0
-        for draw, rows in zip(self.draws, self._rows, strict=True):
-            last = first + draw.texts
+        going = list[_Draw]()
+        for draw in list(self.draws):
+            if draw.waits:
+                continue
             if not draw.stopped and not draw.drawing.done:
-                draw.put(_drawn(draw.drawing, rows))
-                going.append(draw)
-                kept += range(first, last)
-                ids += draw.drawing.ids
-            else:
+                pieces = draw.drawing.draw(draw.log_probs)
+                shown, drawing = draw.log_probs if draw.wants_log_probs else None, draw.drawing
+                stopped = [writer.done for writer in drawing.writers]
+                draw.given += 1
+                draw.put(Drawn(pieces, drawing.ids, shown, drawing.tokens, stopped))
+            if draw.stopped or draw.drawing.done:
                 draw.put(None)
-            first = last
-        self.draws, self._rows = going, []
-        if len(kept) < first:
-            stream.pick(torch.tensor(kept, dtype=torch.int64, device=self.run.device))
-        if ids:
-            rows = stream.read(torch.tensor(ids, device=self.run.device)).cpu()
-            self._rows = list(rows.split([draw.texts for draw in going]))
+                self.draws.remove(draw)
+            else:
+                going.append(draw)
+        if not going:
+            return
+        stream.states = join([draw.states for draw in going])
+        ids = [id for draw in going for id in draw.drawing.ids]
+        sizes = [len(draw.drawing.ids) for draw in going]
+        rows = stream.read(torch.tensor(ids, device=self.run.device)).cpu()
+        parts = [part.split(sizes) for state in stream.states for part in state]
+        for number, (draw, log_probs) in enumerate(zip(going, rows.split(sizes), strict=True)):
+            each = iter(part[number] for part in parts)
+            draw.states = tuple(tuple(next(each) for _ in state) for state in draw.states)
+            draw.log_probs = log_probs

@@ -1,13 +1,14 @@
 """What stands before every request: who may ask, how many at a time; and what is counted."""
 
+import asyncio
 import hmac
 import time
 from collections.abc import Mapping
 from typing import Any, final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -15,6 +16,7 @@ from unrolled.serving.service import Service
 
 OPEN = ("/", "/page.js", "/page.css", "/healthz", "/openapi.json", "/docs", "/redoc")
 """What needs no token: it tells nothing of the models."""
+_METHODS = ("GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT", "PATCH")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -62,22 +64,28 @@ class Guard:
         token: that requests have to bear; None for none.
         requests: how many may be under way.
         body_bytes: the most of a request.
+        seconds: that a part of an answer may wait to be taken.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, token: str | None, requests: int, body_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, token: str | None, requests: int, body_bytes: int, seconds: float
+    ) -> None:
         self.app, self.metrics, self.token = app, metrics, token
-        self.requests, self.body_bytes, self.active = requests, body_bytes, 0
+        self.requests, self.body_bytes, self.seconds, self.active = requests, body_bytes, seconds, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        begun, status = time.perf_counter(), 500
+        begun, status, started = time.perf_counter(), 500, False
 
         async def counted(message: Message) -> None:
-            nonlocal status
-            status = message.get("status", status)
-            await send(message)
+            nonlocal status, started
+            status, started = message.get("status", status), True
+            try:
+                await asyncio.wait_for(send(message), self.seconds)
+            except TimeoutError as error:
+                raise _NobodyReads from error
 
         read = 0
 
@@ -92,24 +100,33 @@ class Guard:
         self.active += 1
         self.metrics.active.inc()
         try:
-            await (self._refusal(Request(scope)) or self.app)(scope, bounded, counted)
+            await (self._refusal(scope["path"], Headers(scope=scope)) or self.app)(scope, bounded, counted)
+        except _NobodyReads:
+            pass  # the server closes a connection whose answer has no end
+        except asyncio.CancelledError:  # the server stops, and the time that it gave is over
+            if not started:
+                await problem(503, "the server stops")(scope, receive, send)
         finally:
             self.active -= 1
             self.metrics.active.dec()
             path = getattr(scope.get("route"), "path", "other")
-            self.metrics.requests.labels(scope["method"], path, status).inc()
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            self.metrics.requests.labels(method, path, status).inc()
             self.metrics.seconds.labels(path).observe(time.perf_counter() - begun)
 
-    def _refusal(self, request: Request) -> JSONResponse | None:
-        path = request.url.path
+    def _refusal(self, path: str, headers: Headers) -> JSONResponse | None:
         if self.token is not None and path not in OPEN and not path.startswith("/static-offline-docs/"):
-            given = request.headers.get("authorization", "").encode("latin-1")
+            given = headers.get("authorization", "").encode("latin-1")
             if not hmac.compare_digest(given, f"Bearer {self.token}".encode()):
                 message = "this server wants its token: Authorization: Bearer …"
                 return problem(401, message, headers={"WWW-Authenticate": "Bearer"})
         if self.active > self.requests and path != "/healthz":
             return problem(429, f"{self.requests} requests are under way; try again", headers={"Retry-After": "1"})
         return None
+
+
+class _NobodyReads(Exception):
+    """Whoever asked does not take the answer."""
 
 
 def describe(*statuses: int) -> dict[int | str, dict[str, Any]]:

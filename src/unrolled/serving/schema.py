@@ -2,12 +2,28 @@
 
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from unrolled.inference.sampling import Sampling
 
 _DEFAULT = Sampling()
-Texts: TypeAlias = str | Annotated[list[str], Field(max_length=10_000)]
+
+
+def _utf8(text: str) -> str:
+    """Refuses what JSON can say and no text can: half of a pair of surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("not UTF-8") from error
+    return text
+
+
+Words: TypeAlias = Annotated[str, AfterValidator(_utf8)]
+"""A text of any length."""
+Name: TypeAlias = Annotated[str, Field(max_length=300), AfterValidator(_utf8)]
+"""A short one: of a model, a token, a stop."""
+Texts: TypeAlias = Words | Annotated[list[Words], Field(max_length=10_000, fail_fast=True)]
+Stops: TypeAlias = Name | Annotated[list[Name], Field(max_length=16)]
 K: TypeAlias = Annotated[int, Field(ge=1, le=1_000)]
 Figure: TypeAlias = float | None
 
@@ -16,7 +32,7 @@ class Request(BaseModel):
     """What every request may name."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-    model: str | None = Field(None, description="A model by name; the first of `GET /models` where left out.")
+    model: Name | None = Field(None, description="A model by name; the first of `GET /models` where left out.")
 
 
 class Answer(BaseModel):
@@ -56,6 +72,7 @@ class TokenScore(BaseModel):
     """One token: its natural log-probability, and the same as surprisal in bits."""
 
     token: str
+    text: str | None = Field(None, description="Of a session: the token as it stands in the text.")
     log_prob: Figure
     surprisal_bits: Figure
 
@@ -91,7 +108,7 @@ class PredictRequest(Request):
 
 
 class Word(BaseModel):
-    """A token, or several, and how probable."""
+    """A token, or the text that several add, and how probable."""
 
     word: str
     probability: Figure
@@ -101,6 +118,7 @@ class Prediction(BaseModel):
     """By falling probability."""
 
     prefix: str
+    unknown: int = Field(0, description="Words of the prefix that the model reads as `<unk>`.")
     words: list[Word]
 
 
@@ -116,8 +134,8 @@ class PredictAnswer(Answer):
 class GenerateRequest(Request):
     """A text to be continued."""
 
-    prompt: str = ""
-    session: str | None = Field(None, description="In place of a prompt: goes on where a session stands.")
+    prompt: Words = ""
+    session: Name | None = Field(None, description="In place of a prompt: goes on where a session stands.")
     length: int = Field(100, ge=0, le=100_000, description="Tokens to draw, at most.")
     samples: int = Field(1, ge=1, le=1_024)
     seed: int | None = Field(None, ge=0, lt=1 << 63)
@@ -125,10 +143,12 @@ class GenerateRequest(Request):
     top_k: int = Field(_DEFAULT.top_k, ge=0, le=1 << 31)
     top_p: float = Field(_DEFAULT.top_p, gt=0, le=1)
     min_p: float = Field(_DEFAULT.min_p, ge=0, le=1)
-    repetition_penalty: float = Field(_DEFAULT.repetition_penalty, ge=1, le=1e6)
-    banned: list[str] = Field([], max_length=1_000)
+    repetition_penalty: float = Field(
+        _DEFAULT.repetition_penalty, ge=1, le=1e6, description="Of what stands in the prompt, or was drawn."
+    )
+    banned: list[Name] = Field([], max_length=1_000)
     unknown: bool = Field(_DEFAULT.unknown, description="Whether `<unk>` may be drawn.")
-    stop: list[str] = Field([], max_length=16)
+    stop: Stops = []
     random_start: bool = Field(False, description="In place of a prompt: the first token is drawn from all alike.")
     detokenize: bool = Field(False, description="Tokens parted by spaces become text as people write it.")
     stream: bool = Field(False, description="The answer comes as server-sent events, a piece at a time.")
@@ -156,8 +176,8 @@ class GenerateAnswer(Answer):
 class SessionRequest(Request):
     """The beginning of a text that will grow."""
 
-    text: str = ""
-    k: int = Field(0, ge=0, le=1_000, description="How many of the likeliest next tokens to answer with.")
+    text: Words = ""
+    k: int = Field(10, ge=0, le=1_000, description="How many of the likeliest next tokens to answer with.")
     unknown: bool = False
 
 
@@ -165,10 +185,10 @@ class ReadRequest(BaseModel):
     """More of a session's text: whole tokens."""
 
     model_config = ConfigDict(extra="forbid")
-    text: str = ""
+    text: Words = ""
     k: int = Field(10, ge=0, le=1_000)
     unknown: bool = False
-    complete: str = Field("", description="A word being typed after it, which is not read: what may become of it.")
+    typed: Name = Field("", description="A word being typed after it, which is not read: what may become of it.")
 
 
 class SessionAnswer(Answer):
@@ -186,7 +206,7 @@ class SessionAnswer(Answer):
 class EmbeddingsRequest(Request):
     """Single tokens."""
 
-    words: Annotated[list[str], Field(min_length=1, max_length=1_000)]
+    words: Annotated[list[Name], Field(min_length=1, max_length=1_000)]
     k: K = 10
     vectors: bool = Field(False, description="Whether to answer with the vectors themselves.")
 
@@ -199,11 +219,12 @@ class Neighbour(BaseModel):
 
 
 class Embedding(BaseModel):
-    """What a model has learnt about a token."""
+    """What a model has learnt about a token; or why there is nothing, in `error`."""
 
     word: str
-    neighbours: list[Neighbour]
+    neighbours: list[Neighbour] = []
     vector: list[float] | None = None
+    error: str | None = None
 
 
 class EmbeddingsAnswer(Answer):

@@ -53,7 +53,11 @@ def serve(
     )
     shown = f"[{host}]" if ":" in host else host
     with listening:
-        for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn takes them, and gives them back when it has ended
-            signal.signal(number, lambda *_: None)
+        server = uvicorn.Server(config)
+        for number in (
+            signal.SIGINT,
+            signal.SIGTERM,
+        ):  # uvicorn takes them later, and gives them back when it has ended
+            signal.signal(number, lambda *_: setattr(server, "should_exit", True))
         ready(f"http://{shown}:{listening.getsockname()[1]}")
-        uvicorn.Server(config).run(sockets=[listening])
+        server.run(sockets=[listening])

@@ -2,17 +2,19 @@
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Sequence
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, TypeAlias, TypeVar, final
 
 import numpy as np
 import torch
 
 from unrolled.errors import UnrolledError, did_you_mean
-from unrolled.inference.detokenize import detokenize
+from unrolled.inference.detokenize import Detokenizer
 from unrolled.inference.embeddings import map_tokens, neighbours
-from unrolled.inference.generate import Drawing, Question, new_seed
+from unrolled.inference.generate import Beam, Drawing, Question, new_seed, prefix_ids
 from unrolled.inference.reading import NOTHING, Unread
 from unrolled.inference.sampling import Sampling
 from unrolled.inference.score import Score
@@ -22,6 +24,11 @@ from unrolled.run import Run
 from unrolled.serving import schema
 from unrolled.serving.engine import Drawn, Engine, Read
 from unrolled.serving.sessions import Place, Session, Sessions
+
+T = TypeVar("T")
+Start: TypeAlias = tuple[torch.Tensor | None, LayerStates]
+"""What a drawing begins from: log-probabilities (V,), None for all alike, and the state (B = 1)."""
+_WIDEST = 200
 
 
 class Refused(UnrolledError):
@@ -36,10 +43,10 @@ class Refused(UnrolledError):
 class Limits:
     """What one request, and all sessions together, may take."""
 
-    body_bytes: int = 16 << 20
+    body_bytes: int = 4 << 20
     """Of a request."""
     tokens: int = 200_000
-    """Read or drawn by one request, all its texts together."""
+    """Read or drawn by one request, all its texts together; and the most words that are named in an answer."""
     samples: int = 64
     """Texts drawn by one request."""
     seconds: float = 60.0
@@ -68,7 +75,7 @@ class Service:
         self.engine = Engine(threads)
         self.sessions = Sessions(limits.sessions, limits.session_bytes, limits.idle_s)
         self.tokens_read = self.tokens_drawn = 0
-        self._maps: dict[tuple[str, int], asyncio.Task[schema.MapAnswer]] = {}
+        self._maps: dict[tuple[str, int], Future[tuple[list[str], np.ndarray]]] = {}
 
     def close(self) -> None:
         """Ends the engine."""
@@ -92,21 +99,34 @@ class Service:
         name, run = self.run(request.model)
         texts = _listed(request.texts)
         scores = await self.scores(run, texts, begin=request.begin, end=request.end, unknown=request.unknown)
-        return schema.ScoreAnswer(model=name, scores=[_score(score, request.per_token) for score in scores])
+
+        def answers() -> list[schema.TextScore]:
+            return [_score(score, request.per_token) for score in scores]
+
+        size = sum(score.tokens for score in scores if isinstance(score, Score))
+        return schema.ScoreAnswer(model=name, scores=await _aside(size * request.per_token, answers))
 
     async def scores(self, run: Run, texts: Sequence[str], **options: Any) -> list[Score | UnrolledError]:
         """Scores as `Run.score_many` gives them; the options are its."""
         scorer = run.scorer(most_tokens=self.limits.tokens, **options)
         encoded: dict[int, np.ndarray] = {}
         found: dict[int, Score | UnrolledError] = {}
-        for number, text in enumerate(texts):
-            try:
-                encoded[number] = scorer.encoded(text)
-            except UnrolledError as error:
-                found[number] = error
+
+        def encode() -> None:
+            for number, text in enumerate(texts):
+                try:
+                    encoded[number] = scorer.encoded(text)
+                except UnrolledError as error:
+                    found[number] = error
+
+        await _aside(sum(map(len, texts)), encode)
         results = await self.read(run, [Unread(ids[:-1], ids[1:]) for ids in encoded.values()])
-        for (number, ids), result in zip(encoded.items(), results, strict=True):
-            found[number] = scorer.scored(texts[number], ids, result.nats)
+
+        def put_together() -> None:
+            for (number, ids), result in zip(encoded.items(), results, strict=True):
+                found[number] = scorer.scored(texts[number], ids, result.nats)
+
+        await _aside(sum(map(len, encoded.values())), put_together)
         return [found[number] for number in range(len(texts))]
 
     # -------------------------------------------------------------------------------------------- predictions
@@ -115,22 +135,45 @@ class Service:
         """The likeliest next tokens, or by beam search the likeliest next few."""
         name, run = self.run(request.model)
         prefixes = _listed(request.prefixes)
+        self._allow(len(prefixes) * request.k * request.length, "words of an answer")
         if request.length > 1:
-            return schema.PredictAnswer(model=name, predictions=[await self._beam(run, p, request) for p in prefixes])
-        asked = [Question(run.tokenizer, prefix, request.k, request.unknown, request.complete) for prefix in prefixes]
-        results = await self.read(run, [Unread(question.ids, NOTHING, follows=True) for question in asked])
-        answers = (question.answer(_followed(read)) for question, read in zip(asked, results, strict=True))
-        predictions = [schema.Prediction(prefix=answer.prefix, words=_words(answer.words)) for answer in answers]
-        return schema.PredictAnswer(model=name, predictions=predictions)
+            return schema.PredictAnswer(model=name, predictions=await self._beams(run, prefixes, request))
 
-    async def _beam(self, run: Run, prefix: str, request: schema.PredictRequest) -> schema.Prediction:
-        self._allow(len(run.tokenizer.encode(prefix)) + request.length * request.k)
+        def questions() -> list[Question]:
+            return [
+                Question(run.tokenizer, prefix, request.k, request.unknown, request.complete) for prefix in prefixes
+            ]
+
+        asked = await _aside(sum(map(len, prefixes)), questions)
+        results = await self.read(run, [Unread(question.ids, NOTHING, follows=True) for question in asked])
+
+        def answers() -> list[schema.Prediction]:
+            return [
+                schema.Prediction(
+                    prefix=question.prefix,
+                    unknown=_unknown(run, question.ids),
+                    words=_words(question.answer(_followed(read)).words),
+                )
+                for question, read in zip(asked, results, strict=True)
+            ]
+
+        return schema.PredictAnswer(model=name, predictions=await _aside(len(asked) * request.k, answers))
+
+    async def _beams(self, run: Run, prefixes: list[str], request: schema.PredictRequest) -> list[schema.Prediction]:
         if request.complete:
             raise Refused(422, "complete takes a length of 1", "complete")
-        width = min(max(20, request.k), 200)
-        k, options = min(request.k, width), {"width": width, "unknown": request.unknown}
-        found = await self.engine.call(lambda: run.continuations(prefix, request.length, k, **options))
-        return schema.Prediction(prefix=prefix, words=_words([(text, math.exp(value)) for text, value in found]))
+        if request.k > _WIDEST:
+            raise Refused(422, f"with a length of more than 1, k must be at most {_WIDEST}, not {request.k}", "k")
+        width = max(20, request.k)
+        beams = [Beam(run.tokenizer, prefix, request.length, request.k, width, request.unknown) for prefix in prefixes]
+        results = await self.read(run, [Unread(beam.prefix_ids, NOTHING, follows=True) for beam in beams])
+        predictions = []
+        for prefix, beam, read in zip(prefixes, beams, results, strict=True):
+            found = await self.engine.last(beam.through(run.model, _followed(read), read.states))
+            words = _words([(text, math.exp(value)) for text, value in found])
+            unknown = _unknown(run, beam.prefix_ids)
+            predictions.append(schema.Prediction(prefix=prefix, unknown=unknown, words=words))
+        return predictions
 
     # -------------------------------------------------------------------------------------------- texts
 
@@ -145,34 +188,28 @@ class Service:
         name, run = (session.model, session.run) if session else (name, run)
         seed = new_seed() if request.seed is None else request.seed
         options = {field: getattr(request, field) for field in _SAMPLING} | {"banned": tuple(request.banned)}
-        drawing = self.drawing(
-            *(run, request.prompt, request.samples, request.length, seed, request.random_start),
-            *(tuple(request.stop), Sampling(**options)),
+        stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
+        self.allow_drawing(request.samples, request.length)
+        drawing = await _aside(
+            len(request.prompt),
+            Drawing,
+            *(run.tokenizer, request.prompt, request.samples, request.length, seed, request.random_start),
+            *(stop, Sampling(**options), session.place.last_ids if session else None),
         )
         if session:
-            start = session.place.log_probs.expand(request.samples, -1), session.place.states
+            start: Start = session.place.log_probs, session.place.states
         elif request.random_start:
             start = None, run.model.initial_state(1)
         else:
-            start = await self.read_prompt(run, drawing)
+            (read,) = await self.read(run, [Unread(drawing.prompt_ids, NOTHING, follows=True)])
+            start = _followed(read), read.states
         return Writing(self, run, drawing, start, name, request.prompt, seed, request.detokenize)
 
-    def drawing(self, run: Run, prompt: str, samples: int, length: int, *rest: Any) -> Drawing:
-        """A drawing within the limits.
-
-        Raises:
-            Refused: it is beyond them.
-        """
-        if samples > self.limits.samples:
-            raise Refused(422, f"{samples} samples are more than {self.limits.samples}", "samples")
-        drawing = Drawing(run.tokenizer, prompt, samples, length, *rest)
-        self._allow(len(drawing.prompt_ids) + samples * length)
-        return drawing
-
-    async def read_prompt(self, run: Run, drawing: Drawing) -> tuple[torch.Tensor | None, LayerStates]:
-        """What a drawing begins from: log-probabilities (B, V) and the state (B = 1) after its prompt."""
-        (read,) = await self.read(run, [Unread(drawing.prompt_ids, NOTHING, follows=True)])
-        return _followed(read).expand(len(drawing.writers), -1), read.states
+    def allow_drawing(self, texts: int, length: int) -> None:
+        """Refuses to draw so many texts of so many tokens, where that is beyond the limits."""
+        if texts > self.limits.samples:
+            raise Refused(422, f"{texts} samples are more than {self.limits.samples}", "samples")
+        self._allow(texts * length)
 
     # -------------------------------------------------------------------------------------------- sessions
 
@@ -189,44 +226,43 @@ class Service:
     async def begin(self, request: schema.SessionRequest) -> schema.SessionAnswer:
         """A new session, which has read the end of a line and then the text."""
         name, run = self.run(request.model)
-        start = np.array([run.tokenizer.start_id], np.int64)
-        ids = np.concatenate([start, run.tokenizer.encode(request.text)]).astype(np.int64)
+        ids = await _aside(len(request.text), prefix_ids, run.tokenizer, request.text)
         (read,) = await self.read(run, [Unread(ids, ids[1:], follows=True)])
-        session = self.sessions.begin(name, run, _place(read, len(ids) - 1))
-        pairs = list(zip(ids[1:].tolist(), read.nats.tolist(), strict=True))
-        return self._standing(session, pairs, request.k, request.unknown, "")
+        session = self.sessions.begin(name, run, Place(read.states, _followed(read), len(ids) - 1, _last(ids)))
+        tokens = await _aside(len(ids), _tokens, run, request.text, ids[1:], read.nats)
+        return self._standing(session, tokens, request.k, request.unknown, "")
 
     async def go_on(self, id: str, request: schema.ReadRequest) -> schema.SessionAnswer:
         """A session reads more, a step for each token."""
         session = self.session(id)
         async with session.lock:
-            ids, place = session.run.tokenizer.encode(request.text).astype(np.int64), session.place
-            pairs: list[tuple[int, float]] = []
+            run, place, tokens = session.run, session.place, list[schema.TokenScore]()
+            ids = (await _aside(len(request.text), run.tokenizer.encode, request.text)).astype(np.int64)
             if len(ids):
-                (read,) = await self.read(session.run, [Unread(ids, ids[1:], follows=True)], place.states)
-                nats = [-float(place.log_probs[ids[0]]), *read.nats.tolist()]
-                pairs = list(zip(ids.tolist(), nats, strict=True))
-                self.sessions.go_on(session, _place(read, place.tokens + len(ids)))
-            return self._standing(session, pairs, request.k, request.unknown, request.complete)
+                (read,) = await self.read(run, [Unread(ids, ids[1:], follows=True)], place.states)
+                nats = np.concatenate([[-float(place.log_probs[ids[0]])], read.nats])
+                tokens = await _aside(len(ids), _tokens, run, request.text, ids, nats)
+                last = _last(np.concatenate([place.last_ids, ids]))
+                self.sessions.go_on(session, Place(read.states, _followed(read), place.tokens + len(ids), last))
+            return self._standing(session, tokens, request.k, request.unknown, request.typed)
 
     def fork(self, id: str) -> schema.SessionAnswer:
         """A second session where the first stands."""
-        return self._standing(self.sessions.fork(self.session(id)), [], 0, False, "")
+        return self._standing(self.sessions.fork(self.session(id)), [], 10, False, "")
 
     def standing(self, id: str) -> schema.SessionAnswer:
         """Where a session stands."""
         return self._standing(self.session(id), [], 10, False, "")
 
     def _standing(
-        self, session: Session, read: list[tuple[int, float]], k: int, unknown: bool, complete: str
+        self, session: Session, read: list[schema.TokenScore], k: int, unknown: bool, typed: str
     ) -> schema.SessionAnswer:
-        tokenizer, words = session.run.tokenizer, []
+        words = list[tuple[str, float]]()
         if k:
-            question = Question(tokenizer, complete, k, unknown, complete=bool(complete))
+            question = Question(session.run.tokenizer, typed, k, unknown, complete=bool(typed))
             words = question.answer(session.place.log_probs).words
-        tokens = [_token(tokenizer.token(id), -nats) for id, nats in read]
         return schema.SessionAnswer(
-            model=session.model, session=session.id, tokens=session.place.tokens, read=tokens, words=_words(words)
+            model=session.model, session=session.id, tokens=session.place.tokens, read=read, words=_words(words)
         )
 
     # -------------------------------------------------------------------------------------------- about the models
@@ -234,13 +270,21 @@ class Service:
     async def embeddings(self, request: schema.EmbeddingsRequest) -> schema.EmbeddingsAnswer:
         """Neighbours of words, and their vectors."""
         name, run = self.run(request.model)
-        found = []
-        for word in request.words:
-            pairs = await self.engine.call(neighbours, run.model, run.tokenizer, word, request.k)
-            near = [schema.Neighbour(word=other, similarity=value) for other, value in pairs]
-            vector = run.model.token_vectors[run.tokenizer.id_of(word)].tolist() if request.vectors else None
-            found.append(schema.Embedding(word=word, neighbours=near, vector=vector))
-        return schema.EmbeddingsAnswer(model=name, embeddings=found)
+        self._allow(len(request.words) * request.k, "words of an answer")
+
+        def steps() -> Iterator[list[schema.Embedding]]:
+            found: list[schema.Embedding] = []
+            for word in request.words:
+                try:
+                    pairs = neighbours(run.model, run.tokenizer, word, request.k)
+                    near = [schema.Neighbour(word=other, similarity=value) for other, value in pairs]
+                    vector = run.model.token_vectors[run.tokenizer.id_of(word)].tolist() if request.vectors else None
+                    found.append(schema.Embedding(word=word, neighbours=near, vector=vector))
+                except UnrolledError as error:
+                    found.append(schema.Embedding(word=word, error=str(error)))
+                yield found
+
+        return schema.EmbeddingsAnswer(model=name, embeddings=await self.engine.last(steps()))
 
     def models(self) -> schema.ModelsAnswer:
         """All models."""
@@ -255,13 +299,9 @@ class Service:
         name, run = self.run(name)
         key = (name, words)
         if key not in self._maps:
-
-            async def made() -> schema.MapAnswer:
-                tokens, places = await asyncio.to_thread(map_tokens, run.model, run.tokenizer, words)
-                return schema.MapAnswer(model=name, tokens=tokens, places=[(float(x), float(y)) for x, y in places])
-
-            self._maps[key] = asyncio.create_task(made())
-        return await asyncio.shield(self._maps[key])
+            self._maps[key] = _in_thread(map_tokens, run.model, run.tokenizer, words)
+        tokens, places = await asyncio.wrap_future(self._maps[key])
+        return schema.MapAnswer(model=name, tokens=tokens, places=[(float(x), float(y)) for x, y in places])
 
     def curves(self, name: str) -> schema.CurvesAnswer:
         """How the training of a model went."""
@@ -275,9 +315,9 @@ class Service:
 
     # -------------------------------------------------------------------------------------------- within
 
-    def _allow(self, tokens: int) -> None:
-        if tokens > self.limits.tokens:
-            raise Refused(422, f"{tokens:,} tokens are more than {self.limits.tokens:,}")
+    def _allow(self, count: int, what: str = "tokens") -> None:
+        if count > self.limits.tokens:
+            raise Refused(422, f"{count:,} {what} are more than {self.limits.tokens:,}")
 
     async def read(self, run: Run, texts: list[Unread], states: LayerStates | None = None) -> list[Read]:
         """Reads texts within the limits.
@@ -301,30 +341,44 @@ class Writing:
         service: Service,
         run: Run,
         drawing: Drawing,
-        start: tuple[torch.Tensor | None, LayerStates],
+        start: Start,
         model: str,
         prompt: str,
         seed: int,
         detokenized: bool = False,
+        wants_log_probs: bool = False,
     ) -> None:
         self.service, self.run, self.drawing = service, run, drawing
         self.model, self.prompt, self.seed, self.detokenized = model, prompt, seed, detokenized
-        self._log_probs, states = start
-        self._states = pick(states, [0] * len(drawing.writers))
-        self.texts = [""] * len(drawing.writers)
+        self.wants_log_probs = wants_log_probs
+        samples = len(drawing.writers)
+        log_probs, states = start
+        self._log_probs = None if log_probs is None else log_probs.expand(samples, -1)
+        self._states = pick(states, [0] * samples)
+        self._joiners = [Detokenizer() for _ in drawing.writers]
+        self.texts = [""] * samples
 
     async def __aiter__(self) -> AsyncIterator[Drawn]:
-        async for drawn in self.service.engine.draw(self.run, self.drawing, self._log_probs, self._states):
-            for number, piece in enumerate(drawn.pieces):
-                self.texts[number] += piece
+        start = self._log_probs, self._states
+        async for drawn in self.service.engine.draw(self.run, self.drawing, *start, self.wants_log_probs):
             self.service.tokens_drawn += len(drawn.ids)
-            yield drawn
+            pieces = drawn.pieces
+            if self.detokenized:
+                pieces = tuple(joiner.add(piece) for joiner, piece in zip(self._joiners, pieces, strict=True))
+            yield self._written(drawn._replace(pieces=pieces))
+        if self.detokenized:
+            rest = Drawn(tuple(joiner.rest() for joiner in self._joiners), [], None, self.drawing.tokens, [])
+            yield self._written(rest)
+
+    def _written(self, drawn: Drawn) -> Drawn:
+        self.texts = [text + piece for text, piece in zip(self.texts, drawn.pieces, strict=True)]
+        return drawn
 
     def answer(self) -> schema.GenerateAnswer:
         """All texts as far as they were written."""
         texts = [
             schema.Text(
-                text=detokenize(text) if self.detokenized else text,
+                text=text,
                 tokens=tokens,
                 finish_reason="stop" if writer.done else "length",
             )
@@ -340,21 +394,56 @@ def _listed(texts: str | list[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else texts
 
 
-def _place(read: Read, tokens: int) -> Place:
-    return Place(read.states, _followed(read), tokens)
-
-
 def _followed(read: Read) -> torch.Tensor:
     assert read.log_probs is not None, "what follows was not asked for"
     return read.log_probs
+
+
+_LARGE = 20_000
+"""Characters or figures; what has more is not worked through on the event loop."""
+
+
+async def _aside(size: int, function: Callable[..., T], *arguments: Any) -> T:
+    """What a function returns, from a thread of its own where there is much to do."""
+    return function(*arguments) if size < _LARGE else await asyncio.to_thread(function, *arguments)
+
+
+def _in_thread(function: Callable[..., T], *arguments: Any) -> "Future[T]":
+    """What a function will return, from a thread that nobody waits for when the server ends."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def _last(ids: np.ndarray) -> np.ndarray:
+    """As many as a decoder remembers."""
+    return ids[-9:].copy()
+
+
+def _unknown(run: Run, ids: np.ndarray) -> int:
+    return 0 if run.tokenizer.unknown_id is None else int((ids == run.tokenizer.unknown_id).sum())
+
+
+def _tokens(run: Run, text: str, ids: np.ndarray, nats: np.ndarray) -> list[schema.TokenScore]:
+    """The tokens of a text as they stand in it."""
+    pairs = zip(ids.tolist(), nats.tolist(), run.tokenizer.pieces(text), strict=True)
+    return [_token(run.tokenizer.token(id), -value, piece) for id, value, piece in pairs]
 
 
 def _words(pairs: list[tuple[str, float]]) -> list[schema.Word]:
     return [schema.Word(word=word, probability=value) for word, value in pairs]
 
 
-def _token(token: str, log_prob: float) -> schema.TokenScore:
-    return schema.TokenScore(token=token, log_prob=finite(log_prob), surprisal_bits=finite(-log_prob / math.log(2)))
+def _token(token: str, log_prob: float, text: str | None = None) -> schema.TokenScore:
+    bits = finite(-log_prob / math.log(2))
+    return schema.TokenScore(token=token, text=text, log_prob=finite(log_prob), surprisal_bits=bits)
 
 
 def _score(score: Score | UnrolledError, per_token: bool) -> schema.TextScore:

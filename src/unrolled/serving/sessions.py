@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import final
 
+import numpy as np
 from torch import Tensor
 
 from unrolled.nn.unroll import LayerStates
@@ -16,11 +17,13 @@ from unrolled.run import Run
 
 @dataclass(frozen=True)
 class Place:
-    """Where a reader stands: the state (B = 1) after so many tokens, and log-probabilities (V,) of the next."""
+    """Where a reader stands: the state (B = 1) after so many tokens, the last of them, log-probabilities (V,) of the
+    next."""
 
     states: LayerStates
     log_probs: Tensor
     tokens: int
+    last_ids: np.ndarray
 
     @property
     def bytes(self) -> int:
@@ -83,6 +86,7 @@ class Sessions:
         """The session stands there now."""
         if session.id in self._sessions:
             self.bytes += place.bytes - session.place.bytes
+            self._sessions.move_to_end(session.id)
         session.place, session.used = place, self.now()
 
     def fork(self, session: Session) -> Session:

@@ -73,6 +73,24 @@ def test_tab_and_click_take_a_word_and_escape_lets_tab_leave(page: Page) -> None
     expect(text).not_to_be_focused()
 
 
+def test_a_suggestion_for_another_text_is_not_taken(page: Page, toy_run: unrolled.Run) -> None:
+    text = page.locator("#text")
+    text.press_sequentially("the d")
+    text.press("Tab")  # waits for what may become of "d"
+    taken = toy_run.predict("the d", 1, complete=True).words[0][0]
+    expect(text).to_have_value(f"the {taken} ")
+    text.press("Control+z")
+    expect(text).to_have_value("the d")
+    text.press_sequentially("qqq")
+    text.press("Tab")
+    expect(text).to_have_value("the dqqq")
+    expect(text).to_be_focused()
+    text.press("Home")
+    text.press("Tab")
+    expect(text).not_to_be_focused()
+    expect(text).to_have_value("the dqqq")
+
+
 def test_the_text_is_coloured_by_surprisal(page: Page, toy_run: unrolled.Run) -> None:
     page.locator("#text").fill("the dog zebra the ")
     tokens = page.locator(f"{HEAT} .token")
@@ -83,6 +101,8 @@ def test_the_text_is_coloured_by_surprisal(page: Page, toy_run: unrolled.Run) ->
     hot = [float(token.evaluate("element => element.style.getPropertyValue('--hot')")) for token in tokens.all()]
     assert sorted(range(4), key=lambda n: hot[n]) == sorted(range(4), key=lambda n: float(bits[n]))
     expect(page.locator("#heat .sum")).to_contain_text("4 tokens")
+    expect(page.locator("#heat .sum")).to_contain_text("1 unknown")
+    expect(page.locator(f"{HEAT} .unknown")).to_contain_text("zebra")
     page.locator("#numbers").check()
     expect(page.locator(f"{HEAT} sub").first).to_be_visible()
     page.locator("#text").fill("a cat ")  # not what was there, longer: read from the beginning
@@ -91,15 +111,14 @@ def test_the_text_is_coloured_by_surprisal(page: Page, toy_run: unrolled.Run) ->
 
 def test_a_text_is_written_as_it_is_drawn_and_can_be_stopped(page: Page, toy_run: unrolled.Run) -> None:
     page.locator("#text").fill("the dog ")
-    page.locator("#detokenize").uncheck()
     page.locator("#length").fill("12")
     page.locator("#seed").fill("3")
     page.locator("#go").click()
     expect(page.locator("#texts .sum")).to_have_text("12 tokens, seed 3")
     written = toy_run.generate("the dog", length=12, seed=3, temperature=0.8)
-    assert page.locator(OUT).inner_text() == "the dog " + written
+    assert page.locator(OUT).inner_text() == "the dog" + written
     page.get_by_role("button", name="Take as your text").click()
-    expect(page.locator("#text")).to_have_value("the dog " + written)
+    expect(page.locator("#text")).to_have_value("the dog" + written)
     page.locator("#length").fill("5000")
     page.locator("#go").click()
     expect(page.locator("#stop")).to_be_enabled()
@@ -170,6 +189,10 @@ def test_the_token_is_asked_for(browser: Browser, toy_run: unrolled.Run) -> None
     with server(toy_run.path, UNROLLED_TOKEN="secret") as (_, address):
         page = browser.new_page()
         page.goto(address)
+        expect(page.locator("#main")).to_be_hidden()
+        page.locator("#token").fill("wrong")
+        page.locator("#login button").click()
+        expect(page.locator("#problem")).to_have_text("That is not the token.")
         page.locator("#token").fill("secret")
         page.locator("#login button").click()
         expect(page.locator("#words button").first).to_be_visible()

@@ -18,7 +18,11 @@ async function ask(method, path, body, signal) {
     if (error.name === "AbortError") throw error;
     throw new Gone("The server does not answer. Is it still running?");
   }
-  if (response.status === 401) at("login").hidden = false;
+  if (response.status === 401) {
+    at("login").hidden = false;
+    at("main").hidden = true;
+    throw new Error(token ? "That is not the token." : "");
+  }
   if (!response.ok) {
     const answer = await response.json().catch(() => null);
     const error = new Error(answer?.error?.message || `The server answered ${response.status}.`);
@@ -86,7 +90,7 @@ class Reader {
   }
 
   forget() {
-    Object.assign(this, { session: "", text: "", tokens: [], words: [] });
+    Object.assign(this, { session: "", text: "", tokens: [], words: [], typed: "", of: null });
   }
 
   // What is read, and what is still being typed.
@@ -105,7 +109,7 @@ class Reader {
       this.keep(await post("sessions", { model: this.model.name, text: whole, k: typed ? 0 : K }), whole);
     }
     if (grows || typed) {
-      const more = { text: whole.slice(this.text.length), k: K, complete: typed };
+      const more = { text: whole.slice(this.text.length), k: K, typed };
       try {
         this.keep(await post(`sessions/${this.session}`, more), whole);
       } catch (error) {
@@ -115,6 +119,7 @@ class Reader {
       }
     }
     this.typed = typed;
+    this.of = text; // what the suggestions are for
     this.show();
   }
 
@@ -143,22 +148,31 @@ class Reader {
     let bits = 0;
     const shown = this.heat.childElementCount > 0 && this.coloured <= this.tokens.length && this.session === this.shown ? this.coloured : 0;
     if (!shown) this.heat.replaceChildren();
-    this.tokens.forEach(({ token, surprisal_bits }, place) => {
+    this.tokens.forEach(({ token, text: piece, surprisal_bits }, place) => {
       const surprisal = surprisal_bits ?? Infinity;
       bits += surprisal;
       if (place < shown) return;
       const ends = token === "<eos>" || token === "\n";
-      const text = ends ? "⏎" : token;
+      const unknown = token === "<unk>" && piece.trim() !== token;
+      const text = ends ? "⏎" : unknown ? piece.trim() : token;
       const number = Number.isFinite(surprisal) ? surprisal.toFixed(1) : "∞";
       const chance = Number.isFinite(surprisal) ? percent(2 ** -surprisal) : "0";
-      const element = make("span", { class: ends ? "token end" : "token", title: `${visible(token)}: ${number} bits, probability ${chance}` }, text, make("sub", {}, number));
+      const title = `${visible(text)}${unknown ? ", a word that the model does not know" : ""}: ${number} bits, probability ${chance}`;
+      const kind = ends ? "token end" : unknown ? "token unknown" : "token";
+      const element = make("span", { class: kind, title }, text, make("sub", {}, number));
       element.style.setProperty("--hot", (0.85 * Math.min(surprisal, HOTTEST_BITS)) / HOTTEST_BITS);
       this.heat.append(element, ends ? "\n" : spaced);
     });
     this.coloured = this.tokens.length;
     this.shown = this.session;
     const count = this.tokens.length;
-    this.sum.textContent = count ? `${count} tokens, ${bits.toFixed(1)} bits, perplexity ${(2 ** (bits / count)).toFixed(1)}` : "";
+    const unknown = this.tokens.filter(({ token }) => token === "<unk>").length;
+    const figures = count ? [`${count} tokens`, `${bits.toFixed(1)} bits`, `perplexity ${(2 ** (bits / count)).toFixed(1)}`] : [];
+    if (unknown) figures.push(`${unknown} unknown`);
+    if (this.typed) figures.push(`“${this.typed}” not yet`);
+    this.sum.textContent = figures.join(", ");
+    const { selectionEnd, value } = at("text");
+    if (selectionEnd === value.length) this.heat.scrollTop = this.heat.scrollHeight;
   }
 
   async write(options, signal) {
@@ -168,18 +182,21 @@ class Reader {
     this.done.textContent = "";
     const written = document.createTextNode("");
     this.out.append(written);
+    const [, typed] = this.split(prompt);
+    if (typed && this.of === prompt && !this.words.some(({ word }) => word === typed)) {
+      this.done.textContent = `“${typed}” is no word of this model, which reads it as <unk>.`;
+    }
     const response = await ask("POST", "generate", { ...options, model: this.model.name, prompt, stream: true }, signal);
     this.continued = prompt;
     try {
       for await (const { event, data } of events(response.body)) {
         if (event === "error") throw new Error(data.error.message);
         if (event === "done") {
-          const [text] = data.texts;
-          if (options.detokenize) written.data = (prompt && /^\w/.test(text.text) ? " " : "") + text.text;
-          this.done.textContent = `${text.tokens} tokens, seed ${data.seed}`;
+          this.done.textContent = `${data.texts[0].tokens} tokens, seed ${data.seed}`;
         } else {
-          written.data += data.text;
-          this.continued += data.text;
+          const piece = /\s$/.test(this.continued) ? data.text.replace(/^ /, "") : data.text;
+          written.data += piece;
+          this.continued += piece;
           this.out.scrollTop = this.out.scrollHeight;
         }
       }
@@ -187,7 +204,7 @@ class Reader {
       if (signal.aborted) this.done.textContent = "stopped";
       else throw error instanceof TypeError ? new Gone("The server does not answer. Is it still running?") : error;
     } finally {
-      this.take.hidden = this.continued === prompt;
+      this.take.hidden = options.detokenize || this.continued === prompt; // what people write is not what it reads
     }
   }
 }
@@ -207,37 +224,42 @@ async function* events(body) {
 
 // ------------------------------------------------------------------------------------------------ typing
 
-let reading = false, again = false, typedAt = 0, tabLeaves = false;
+let reading = null, again = false, typedAt = 0, tabLeaves = false;
 
-async function refresh() {
-  if (reading) {
-    again = true;
-    return;
-  }
-  reading = true;
-  do {
+// Reads the text as it is now; whoever waits for it has the suggestions for it.
+function refresh() {
+  again = true;
+  reading ??= readAll().finally(() => (reading = null));
+  return reading;
+}
+
+async function readAll() {
+  while (again) {
     again = false;
     const since = typedAt, results = await Promise.allSettled(readers.map((reader) => reader.read(at("text").value)));
     results.filter((result) => result.reason).forEach((result) => failed(result.reason));
     if (since) performance.measure("suggestions", { start: since, end: performance.now() });
     if (since === typedAt) typedAt = 0;
-  } while (again);
-  reading = false;
+  }
 }
 
+// As if it were typed, so that it can be undone.
 function replace(text) {
-  at("text").value = text;
-  at("text").focus();
-  at("text").setSelectionRange(text.length, text.length);
-  refresh();
+  const field = at("text"), old = field.value;
+  let same = 0;
+  while (same < Math.min(old.length, text.length) && old[same] === text[same]) same += 1;
+  field.focus();
+  field.setSelectionRange(same, old.length);
+  document.execCommand(text.length > same ? "insertText" : "delete", false, text.slice(same));
 }
 
 function accept(reader, word) {
   const text = at("text").value;
+  if (reader.of !== text) return; // the suggestions are for another text
+  at("said").textContent = `took ${visible(word)}`;
   if (reader.model.tokens !== "word") return replace(text + word);
   const [whole] = reader.split(text);
-  at("said").textContent = `took ${word}`;
-  return replace(word === "<eos>" ? `${whole.trimEnd()}\n` : `${whole}${word} `);
+  replace(word === "<eos>" ? `${whole.trimEnd()}\n` : `${whole}${word} `);
 }
 
 at("text").addEventListener("input", () => {
@@ -247,13 +269,14 @@ at("text").addEventListener("input", () => {
 });
 
 at("text").addEventListener("keydown", (event) => {
-  const [reader] = readers;
+  const { value, selectionEnd } = at("text");
   if (event.key === "Escape") {
     tabLeaves = true;
     at("said").textContent = "Tab leaves the field now";
-  } else if (event.key === "Tab" && !event.shiftKey && !tabLeaves && reader?.words.length) {
+  } else if (event.key === "Tab" && !event.shiftKey && !tabLeaves && selectionEnd === value.length) {
     event.preventDefault();
-    accept(reader, reader.words[0].word);
+    const [reader] = readers;
+    refresh().then(() => at("text").value === value && reader.words.length && accept(reader, reader.words[0].word));
   }
 });
 
@@ -312,6 +335,7 @@ async function showMap() {
   const svg = draw("svg", { viewBox: `0 0 ${SIZE.width} ${SIZE.height}`, role: "img", "aria-label": `${tokens.length} tokens of ${name} on a map` });
   svg.append(...groups);
   at("drawing").replaceChildren(svg);
+  if (at("word").value.trim()) await find(at("word").value.trim());
 }
 
 function mark(words) {
@@ -371,8 +395,11 @@ function chart({ model, epochs }) {
     const last = points.at(-1);
     if (last) svg.append(draw("text", { class: kind, x: last[0] + 4, y: y(last[1]) + 4 }, kind));
   }
-  const last = epochs.at(-1), figure = (number) => (number === null ? "–" : number.toFixed(2));
-  box.append(svg, make("p", { class: "sum" }, `epoch ${last.epoch}: train ${figure(last.train_perplexity)}, valid ${figure(last.valid_perplexity)}`));
+  const figure = (number) => (number === null ? "–" : number.toFixed(2));
+  const said = (epoch) => `${epoch.epoch}: train ${figure(epoch.train_perplexity)}, valid ${figure(epoch.valid_perplexity)}`;
+  const best = epochs.reduce((one, other) => ((other.valid_perplexity ?? Infinity) < (one.valid_perplexity ?? Infinity) ? other : one));
+  const last = best === epochs.at(-1) ? "" : `; last epoch ${said(epochs.at(-1))}`;
+  box.append(svg, make("p", { class: "sum" }, `best epoch, which answers here, ${said(best)}${last}`));
   return box;
 }
 
@@ -382,6 +409,8 @@ at("curves").addEventListener("toggle", () => showCurves().catch(failed));
 
 function choose() {
   for (const place of ["words", "heat", "texts", "drawing"]) at(place).replaceChildren();
+  for (const option of at("other").options) option.disabled = option.value === at("model").value && option.value !== "";
+  if (at("other").selectedOptions[0]?.disabled) at("other").value = "";
   const names = [at("model").value, at("other").value].filter((name, place, all) => name && all.indexOf(name) === place);
   readers.forEach((reader) => reader.session && ask("DELETE", `sessions/${reader.session}`).catch(() => {}));
   readers = [];
@@ -395,6 +424,7 @@ function choose() {
 async function begin() {
   ({ models } = await get("models"));
   at("login").hidden = true;
+  at("main").hidden = false;
   const options = () => models.map(({ name, test_perplexity }) => {
     const figure = test_perplexity ? `, perplexity ${test_perplexity.toFixed(1)}` : "";
     return make("option", { value: name }, name + figure);

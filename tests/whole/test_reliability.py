@@ -32,7 +32,7 @@ from hypothesis.strategies import (
     sampled_from,
     text,
 )
-from kills import kill_loop
+from kills import ENVIRONMENT, kill_loop
 
 import unrolled
 from unrolled import Run, UnrolledError, folder
@@ -148,6 +148,40 @@ def test_a_full_disk_is_one_line_and_the_last_good_state_stays(tmp_path: Path) -
     assert before == {file: file.read_bytes() for file in (path / "last").glob("*.safetensors")}
     assert not list(path.rglob("*.tmp"))
     assert unrolled.train(None, out=path, resume=True).manifest["status"] == "done"
+
+
+def test_a_small_disk_that_fills_up_loses_nothing(tmp_path: Path) -> None:
+    """A real one, of memory, with room for less and for more, so that different writes meet its end."""
+    sizes = {"model.hidden_sizes": "64", "model.embedding_size": 64, "training.schedule": "decay"}
+    disk, large = tmp_path / "disk", SMALL | sizes
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("no disk of memory can be mounted here")
+    try:
+        path, filler = disk / "run", disk / "filler"
+        command = [sys.executable, "-m", "unrolled", "train", "--resume", "--out", path, "--training.save-every", "1"]
+
+        def go_on() -> subprocess.CompletedProcess[str]:
+            options = {"capture_output": True, "text": True, "check": False, "env": ENVIRONMENT}
+            return subprocess.run([*command, "--max-epochs", "2"], **options)
+
+        unbroken = unrolled.train("demo", data="toy", out=tmp_path / "unbroken", changes=large)
+        unrolled.train("demo", data="toy", out=path, changes=large | {"training.max_epochs": 1})
+        for left in (0, 20_000, 300_000):
+            usage = shutil.disk_usage(disk)
+            filler.write_bytes(bytes(max(usage.free - left, 0) // 4096 * 4096))
+            done = go_on()
+            assert done.returncode == 2, done.stderr
+            assert done.stderr.splitlines()[-1].startswith(f"unrolled: No space left on device: {path}")
+            assert "Traceback" not in done.stderr
+            filler.unlink()
+        done = go_on()
+        assert done.returncode == 0, done.stderr
+        mine, theirs = weights(path), weights(unbroken.path)
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 def test_a_folder_that_vanishes_is_one_line(tmp_path: Path) -> None:

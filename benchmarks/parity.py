@@ -81,14 +81,28 @@ class Plain:
             mine.copy_(theirs)
         self.states = [(h.unsqueeze(0), c.unsqueeze(0)) for h, c in states]
 
-    def step(self) -> float:
-        """Nats per token."""
-        inputs, targets = next(self.windows)
+    def begin_epoch(self, windows: Windows, states: LayerStates, rate: float) -> None:
+        """From the first window and these states, at this rate."""
+        self.windows, self.optimizer.param_groups[0]["lr"] = iter(windows), rate
+        self.states = [(h.unsqueeze(0), c.unsqueeze(0)) for h, c in states]
+
+    @torch.no_grad()
+    def evaluate(self, windows: Windows, states: LayerStates) -> float:
+        """Nats per token of other windows."""
+        self.begin_epoch(windows, states, self.training.learning_rate)
+        return sum(self._nll(*window).item() for window in self.windows) / windows.targets.size
+
+    def _nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
         hidden: Tensor = self.embedding(inputs)
         for number, lstm in enumerate(self.layers):
             hidden, (h, c) = lstm(hidden, self.states[number])
             self.states[number] = h.detach(), c.detach()
-        nll = F.cross_entropy(self.decoder(hidden).flatten(0, 1), targets.flatten(), reduction="sum")
+        return F.cross_entropy(self.decoder(hidden).flatten(0, 1), targets.flatten(), reduction="sum")
+
+    def step(self) -> float:
+        """Nats per token."""
+        inputs, targets = next(self.windows)
+        nll = self._nll(inputs, targets)
         self.optimizer.zero_grad()
         (nll / self.training.batch_size).backward()
         nn.utils.clip_grad_norm_(self.parameters, self.training.max_grad_norm)

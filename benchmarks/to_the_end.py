@@ -11,6 +11,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,7 @@ def theirs(recipe: Recipe) -> dict[str, str | float]:
 
 
 @torch.no_grad()
-def _test(model: LanguageModel, values: list[torch.Tensor], ids: np.ndarray) -> float:
+def _test(model: LanguageModel, values: Sequence[torch.Tensor], ids: np.ndarray) -> float:
     for mine, value in zip(model.parameters(), values, strict=True):
         mine.copy_(value)
     return evaluate_exact(model.eval(), ids).perplexity

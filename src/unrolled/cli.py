@@ -457,7 +457,7 @@ def serve(
         from unrolled.serving.server import serve as answer
     except ImportError as error:
         raise UnrolledError("serving needs FastAPI: pip install 'unrolled[serve]'") from error
-    from unrolled.serving.service import Limits
+    from unrolled.serving.limits import Limits
 
     if not 0 <= port <= 65535:
         raise UnrolledError(f"--port must be from 0 to 65535, not {port}")

@@ -18,8 +18,9 @@ from starlette.testclient import TestClient
 import unrolled
 from unrolled.inference.detokenize import detokenize
 from unrolled.serving.app import make_app
+from unrolled.serving.limits import Limits
 from unrolled.serving.schema import GenerateRequest, PredictRequest
-from unrolled.serving.service import Limits, Service
+from unrolled.serving.service import Service
 
 TEXTS = ["the dog walks", "", "the dog sees a zebra", "a\nb\nthe dog", "  spaced   out  ", "the " * 300]
 

@@ -74,16 +74,19 @@ class Sampling:
         if self.temperature == 0:
             return int(log_probs.argmax())
         values = (log_probs.double() - log_probs.max()) / self.temperature
-        values, ids = values.sort(descending=True, stable=True)
-        if self.top_k:
-            values, ids = values[: self.top_k], ids[: self.top_k]
+        ids = None  # as they stand; sorting all of them takes longer than all the rest
+        if 0 < self.top_k < len(values):
+            values, ids = values.topk(self.top_k)
+        elif self.top_p < 1:
+            values, ids = values.sort(descending=True, stable=True)
         probabilities = values.softmax(-1)
         if self.top_p < 1:
             before_each = probabilities.cumsum(-1) - probabilities
-            probabilities = probabilities[before_each < self.top_p]
+            probabilities = probabilities.where(before_each < self.top_p, 0.0)
         if self.min_p > 0:
-            probabilities = probabilities[probabilities >= self.min_p * probabilities[0]]
-        return int(ids[torch.multinomial(probabilities, 1, generator=source)])
+            probabilities = probabilities.where(probabilities >= self.min_p * probabilities.max(), 0.0)
+        place = torch.multinomial(probabilities, 1, generator=source)
+        return int(place if ids is None else ids[place])
 
 
 @final

@@ -23,7 +23,9 @@ from unrolled.run import Run
 from unrolled.serving import schema
 from unrolled.serving.completions import Completion, CompletionRequest, complete
 from unrolled.serving.guard import Guard, Metrics, describe, problem
-from unrolled.serving.service import Limits, Refused, Service, Writing
+from unrolled.serving.limits import Limits, Refused
+from unrolled.serving.service import Service
+from unrolled.serving.writing import Writing
 
 _PATIENCE_S = 0.5
 """Between looks whether whoever asked is still there."""

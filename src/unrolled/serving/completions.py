@@ -13,8 +13,10 @@ from unrolled.inference.reading import Unread
 from unrolled.inference.sampling import Sampling
 from unrolled.run import Run
 from unrolled.serving.engine import Drawn
+from unrolled.serving.limits import Refused
 from unrolled.serving.schema import Name, Stops, Words
-from unrolled.serving.service import Refused, Service, Writing
+from unrolled.serving.service import Service
+from unrolled.serving.writing import Writing
 
 _MOST_LIKELIEST = 20
 
@@ -119,7 +121,7 @@ class Completing:
         for (prompt, ids, drawing, _), read in zip(asked, reads, strict=True):
             self.prompt_tokens += len(ids) - request.begin
             start = read.log_probs, read.states
-            writing = Writing(self.service, run, drawing, start, self.head["model"], prompt, seed, False, wants)
+            writing = Writing(self.service.engine, run, drawing, start, self.head["model"], prompt, seed, False, wants)
             echoed = self._echoed(prompt, read.nats.tolist(), read.likeliest) if request.echo else None
             self.begun.append((Choice(index=0, text=prompt if request.echo else "", logprobs=echoed), writing))
 

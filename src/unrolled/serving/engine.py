@@ -99,6 +99,10 @@ class Engine:
 
     Args:
         threads: that PyTorch may use within it.
+
+    Attributes:
+        tokens_read: since it began.
+        tokens_drawn: since it began.
     """
 
     def __init__(self, threads: int = 1) -> None:
@@ -106,6 +110,7 @@ class Engine:
         self._rounds: list[Iterator[None]] = []
         self._lanes: dict[Run, _Lane] = {}
         self._closed = False
+        self.tokens_read = self.tokens_drawn = 0
         self._thread = threading.Thread(target=self._work, args=(threads,), name="unrolled-engine", daemon=True)
         self._thread.start()
 
@@ -113,7 +118,9 @@ class Engine:
         """Reads texts from states of all of them, None for zero states, together with what else is asked now."""
         job = _Texts(run, texts, states)
         self._submit(job)
-        return await asyncio.wrap_future(job.future)
+        results = await asyncio.wrap_future(job.future)
+        self.tokens_read += sum(len(text.ids) for text in texts)
+        return results
 
     async def last(self, steps: Iterator[T]) -> T:
         """The last of what an iterator yields, a step of it in each round."""
@@ -145,6 +152,7 @@ class Engine:
             while (piece := await pieces.get()) is not None:
                 if isinstance(piece, BaseException):
                     raise piece
+                self.tokens_drawn += len(piece.ids)
                 yield piece
                 job.taken += 1
         finally:

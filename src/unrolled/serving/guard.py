@@ -44,8 +44,8 @@ class Metrics:
         for name, about, value in (
             ("sessions", "Sessions that stand.", lambda: len(service.sessions)),
             ("session_bytes", "Memory of all sessions.", lambda: service.sessions.bytes),
-            ("tokens_read", "Tokens read since the start.", lambda: service.tokens_read),
-            ("tokens_drawn", "Tokens drawn since the start.", lambda: service.tokens_drawn),
+            ("tokens_read", "Tokens read since the start.", lambda: service.engine.tokens_read),
+            ("tokens_drawn", "Tokens drawn since the start.", lambda: service.engine.tokens_drawn),
         ):
             Gauge(f"unrolled_{name}", about, registry=registry).set_function(value)
 

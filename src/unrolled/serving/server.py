@@ -9,7 +9,7 @@ import uvicorn
 from unrolled.errors import UnrolledError
 from unrolled.run import Run
 from unrolled.serving.app import make_app
-from unrolled.serving.service import Limits
+from unrolled.serving.limits import Limits
 
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 _GRACE_S = 5

@@ -3,61 +3,30 @@
 import asyncio
 import math
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar, final
+from typing import Any, TypeVar, final
 
 import numpy as np
 import torch
 
 from unrolled.errors import UnrolledError, did_you_mean
-from unrolled.inference.detokenize import Detokenizer
 from unrolled.inference.embeddings import map_tokens, neighbours
 from unrolled.inference.generate import Beam, Drawing, Question, new_seed, prefix_ids
 from unrolled.inference.reading import NOTHING, Unread
 from unrolled.inference.sampling import Sampling
 from unrolled.inference.score import Score
 from unrolled.metrics import finite, read_metrics
-from unrolled.nn.unroll import LayerStates, pick
+from unrolled.nn.unroll import LayerStates
 from unrolled.run import Run
 from unrolled.serving import schema
-from unrolled.serving.engine import Drawn, Engine, Read
+from unrolled.serving.engine import Engine, Read
+from unrolled.serving.limits import Limits, Refused
 from unrolled.serving.sessions import Place, Session, Sessions
+from unrolled.serving.writing import Start, Writing
 
 T = TypeVar("T")
-Start: TypeAlias = tuple[torch.Tensor | None, LayerStates]
-"""What a drawing begins from: log-probabilities (V,), None for all alike, and the state (B = 1)."""
 _WIDEST = 200
-
-
-class Refused(UnrolledError):
-    """A request that is not answered, with the status that says why."""
-
-    def __init__(self, status: int, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.param = status, param
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one request, and all sessions together, may take."""
-
-    body_bytes: int = 4 << 20
-    """Of a request."""
-    tokens: int = 200_000
-    """Read or drawn by one request, all its texts together; and the most words that are named in an answer."""
-    samples: int = 64
-    """Texts drawn by one request."""
-    seconds: float = 60.0
-    """Until a request is given up."""
-    requests: int = 256
-    """Answered at the same time."""
-    sessions: int = 1_000
-    session_bytes: int = 256 << 20
-    """Of all of them."""
-    idle_s: float = 900.0
-    """After which an unused session ends."""
 
 
 @final
@@ -74,7 +43,6 @@ class Service:
         self.runs, self.limits = runs, limits
         self.engine = Engine(threads)
         self.sessions = Sessions(limits.sessions, limits.session_bytes, limits.idle_s)
-        self.tokens_read = self.tokens_drawn = 0
         self._maps: dict[tuple[str, int], Future[tuple[list[str], np.ndarray]]] = {}
 
     def close(self) -> None:
@@ -203,7 +171,7 @@ class Service:
         else:
             (read,) = await self.read(run, [Unread(drawing.prompt_ids, NOTHING, follows=True)])
             start = _followed(read), read.states
-        return Writing(self, run, drawing, start, name, request.prompt, seed, request.detokenize)
+        return Writing(self.engine, run, drawing, start, name, request.prompt, seed, request.detokenize)
 
     def allow_drawing(self, texts: int, length: int) -> None:
         """Refuses to draw so many texts of so many tokens, where that is beyond the limits."""
@@ -325,66 +293,8 @@ class Service:
         Raises:
             Refused: they are beyond them.
         """
-        tokens = sum(len(text.ids) for text in texts)
-        self._allow(tokens)
-        results = await self.engine.read(run, texts, states)
-        self.tokens_read += tokens
-        return results
-
-
-@final
-class Writing:
-    """Texts being written. Iterate it for pieces, then `answer` has the whole."""
-
-    def __init__(
-        self,
-        service: Service,
-        run: Run,
-        drawing: Drawing,
-        start: Start,
-        model: str,
-        prompt: str,
-        seed: int,
-        detokenized: bool = False,
-        wants_log_probs: bool = False,
-    ) -> None:
-        self.service, self.run, self.drawing = service, run, drawing
-        self.model, self.prompt, self.seed, self.detokenized = model, prompt, seed, detokenized
-        self.wants_log_probs = wants_log_probs
-        samples = len(drawing.writers)
-        log_probs, states = start
-        self._log_probs = None if log_probs is None else log_probs.expand(samples, -1)
-        self._states = pick(states, [0] * samples)
-        self._joiners = [Detokenizer() for _ in drawing.writers]
-        self.texts = [""] * samples
-
-    async def __aiter__(self) -> AsyncIterator[Drawn]:
-        start = self._log_probs, self._states
-        async for drawn in self.service.engine.draw(self.run, self.drawing, *start, self.wants_log_probs):
-            self.service.tokens_drawn += len(drawn.ids)
-            pieces = drawn.pieces
-            if self.detokenized:
-                pieces = tuple(joiner.add(piece) for joiner, piece in zip(self._joiners, pieces, strict=True))
-            yield self._written(drawn._replace(pieces=pieces))
-        if self.detokenized:
-            rest = Drawn(tuple(joiner.rest() for joiner in self._joiners), [], None, self.drawing.tokens, [])
-            yield self._written(rest)
-
-    def _written(self, drawn: Drawn) -> Drawn:
-        self.texts = [text + piece for text, piece in zip(self.texts, drawn.pieces, strict=True)]
-        return drawn
-
-    def answer(self) -> schema.GenerateAnswer:
-        """All texts as far as they were written."""
-        texts = [
-            schema.Text(
-                text=text,
-                tokens=tokens,
-                finish_reason="stop" if writer.done else "length",
-            )
-            for text, tokens, writer in zip(self.texts, self.drawing.tokens, self.drawing.writers, strict=True)
-        ]
-        return schema.GenerateAnswer(model=self.model, prompt=self.prompt, seed=self.seed, texts=texts)
+        self._allow(sum(len(text.ids) for text in texts))
+        return await self.engine.read(run, texts, states)
 
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "unknown")

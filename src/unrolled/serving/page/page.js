@@ -186,9 +186,10 @@ class Reader {
     if (typed && this.of === prompt && !this.words.some(({ word }) => word === typed)) {
       this.done.textContent = `“${typed}” is no word of this model, which reads it as <unk>.`;
     }
-    const response = await ask("POST", "generate", { ...options, model: this.model.name, prompt, stream: true }, signal);
     this.continued = prompt;
     try {
+      const body = { ...options, model: this.model.name, prompt, stream: true };
+      const response = await ask("POST", "generate", body, signal);
       for await (const { event, data } of events(response.body)) {
         if (event === "error") throw new Error(data.error.message);
         if (event === "done") {

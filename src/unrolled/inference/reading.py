@@ -48,7 +48,7 @@ class Reading:
     Attributes:
         nats: for each text, the negative log-likelihood (S,) of its targets.
         likeliest: for each text, as many lists of its `top` likeliest tokens, ids and log-probabilities, as targets.
-        log_probs: (N, V) of what follows each text; rows are filled as their texts end, where that was asked for.
+        log_probs: (N, V) of what follows each text, where that was asked for, once all have been read.
         states: (N) after the last token of each; while the reading goes on, of those that go on.
     """
 
@@ -62,6 +62,7 @@ class Reading:
         self._order, self._ended, self._first = list(self._going), [], 0
         if self._going != sorted(self._going):
             self.states = pick(self.states, self._going)
+        self._last = list[tuple[list[int], Tensor]]()
         self._part()
 
     @torch.inference_mode()
@@ -120,9 +121,12 @@ class Reading:
         if left < len(self._going):
             rows = [row for row in range(left, len(self._going)) if self.texts[self._going[row]].follows]
             if rows and last is not None:
-                self.log_probs[[self._going[row] for row in rows]] = decoded(self.model, last[rows]).cpu()
+                self._last.append(([self._going[row] for row in rows], last[rows]))
             self._ended.append(pick(self.states, slice(left, None)))
             self._going, self.states = self._going[:left], pick(self.states, slice(left))
+        if not self._going and self._last:  # all at once: each time the whole decoder is read
+            numbers = [number for several, _ in self._last for number in several]
+            self.log_probs[numbers] = decoded(self.model, torch.cat([rows for _, rows in self._last])).cpu()
         if not self._going and self._ended:
             self.states = join(self._ended[::-1])
             if self._order != sorted(self._order):

@@ -29,6 +29,8 @@ from unrolled.serving.writing import Writing
 
 _PATIENCE_S = 0.5
 """Between looks whether whoever asked is still there."""
+_LARGE = 2_000
+"""Figures."""
 _PAGE = resources.files("unrolled.serving") / "page"
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
@@ -214,9 +216,17 @@ def _routes(service: Service, metrics: Metrics) -> APIRouter:
 
 
 async def _ready(answer: BaseModel, status: int = 200) -> Any:
-    """The answer as it is sent, written out in a thread: a large one would stop all others."""
-    content = await asyncio.to_thread(answer.model_dump_json)
+    """The answer as it is sent; a large one is written out in a thread, for it would stop all others."""
+    large = _figures(answer) > _LARGE
+    content = await asyncio.to_thread(answer.model_dump_json) if large else answer.model_dump_json()
     return Response(content, status, media_type="application/json")
+
+
+def _figures(answer: BaseModel) -> int:
+    """How long its lists are, and those within them."""
+    lists = [part for _, part in answer if isinstance(part, list)]
+    within = [one for part in lists for item in part if isinstance(item, BaseModel) for _, one in item]
+    return sum(map(len, lists)) + sum(len(one) for one in within if isinstance(one, list))
 
 
 def _openai_model(name: str) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from unrolled.nn.unroll import LayerStates, join, pick
 NOTHING = np.zeros(0, np.int64)
 """Targets of a text that is only read."""
 Likeliest: TypeAlias = list[list[tuple[int, float]]]
-_STEPS_AT_ONCE = 128
-_LOGITS_AT_ONCE = 1 << 22
+_STEPS_AT_ONCE, _TOKENS_AT_ONCE = 128, 2048
+_LOGITS_AT_ONCE = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ class Reading:
         if self._going != sorted(self._going):
             self.states = pick(self.states, self._going)
         self._last = list[tuple[list[int], Tensor]]()
+        self._unscored = list[tuple[Tensor, np.ndarray, list[tuple[int, int]]]]()
+        self._scored = [0] * len(texts)
         self._part()
 
     @torch.inference_mode()
@@ -71,14 +73,16 @@ class Reading:
         if not self._going:
             return False
         texts = [self.texts[number] for number in self._going]
-        most = max(1, min(_STEPS_AT_ONCE, _LOGITS_AT_ONCE // (self.model.vocab_size * len(texts))))
-        end = min(len(texts[-1].ids), self._first + most)
+        end = min(len(texts[-1].ids), self._first + max(1, min(_STEPS_AT_ONCE, _TOKENS_AT_ONCE // len(texts))))
         window = np.stack([text.ids[self._first : end] for text in texts], axis=1)
         inputs = torch.from_numpy(window.astype(np.int64)).to(self.model.device)
         outputs, self.states = self.model.hidden(inputs, self.states)
         self._score(texts, outputs)
         self._first = end
         self._part(outputs[-1])
+        waiting = sum(len(flat) for _, flat, _ in self._unscored)
+        if waiting and (not self._going or waiting * self.model.vocab_size >= _LOGITS_AT_ONCE):
+            self._decode()
         return bool(self._going)
 
     def finish(self) -> "Reading":
@@ -88,22 +92,26 @@ class Reading:
         return self
 
     def _score(self, texts: list[Unread], outputs: Tensor) -> None:
-        """Nats of the targets after a window's steps."""
+        """Nats of the targets after a window's steps; some windows together, for each time all the decoder is read."""
         targets = [text.targets[self._first : self._first + len(outputs)] for text in texts]
-        if not any(map(len, targets)):
-            return
-        scored = np.arange(len(outputs))[:, None] < np.array([len(values) for values in targets])
-        columns = outputs[torch.from_numpy(scored).to(outputs.device)] if not scored.all() else outputs.flatten(0, 1)
-        laid_out = np.zeros(scored.shape, np.int64)
-        for column, values in enumerate(targets):
-            laid_out[: len(values), column] = values
-        flat = torch.from_numpy(laid_out[scored]).to(outputs.device)
-        found = np.zeros(scored.shape)
-        found[scored] = token_nll(columns, self.model.decoder, flat).double().cpu().numpy()
-        for number, column, values in zip(self._going, found.T, targets, strict=True):
-            self.nats[number][self._first : self._first + len(values)] = column[: len(values)]
+        counts = [len(values) for values in targets]
+        if any(counts):
+            rows = torch.cat([outputs[:count, column] for column, count in enumerate(counts)])
+            self._unscored.append((rows, np.concatenate(targets), list(zip(self._going, counts, strict=True))))
         if any(text.top for text in texts):
-            self._name(texts, outputs, [len(values) for values in targets])
+            self._name(texts, outputs, counts)
+
+    def _decode(self) -> None:
+        """Scores what waits for it."""
+        rows = torch.cat([rows for rows, _, _ in self._unscored])
+        targets = torch.from_numpy(np.concatenate([flat for _, flat, _ in self._unscored]).astype(np.int64))
+        nats = token_nll(rows, self.model.decoder, targets.to(rows.device)).double().cpu().numpy()
+        for _, _, places in self._unscored:
+            for number, count in places:
+                done = self._scored[number]
+                self.nats[number][done : done + count], nats = nats[:count], nats[count:]
+                self._scored[number] += count
+        self._unscored = []
 
     def _name(self, texts: list[Unread], outputs: Tensor, counts: list[int]) -> None:
         """The likeliest in the places of a window's targets."""

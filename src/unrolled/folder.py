@@ -51,6 +51,17 @@ def next_folder(name: str) -> Path:
     return Path("runs") / f"{name}-{max(taken, default=0) + 1}"
 
 
+def reserve(name: str) -> Path:
+    """`next_folder`, made, so that nobody else takes it."""
+    while True:
+        path = next_folder(name)
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return path
+
+
 def latest_folder(name: str) -> Path | None:
     """The newest `runs/NAME-N` that there is."""
     folder = next_folder(name)
@@ -65,7 +76,7 @@ def refuse_taken(path: Path) -> None:
     if not path.is_dir():
         raise UnrolledError(f"{path} is a file; choose another --out")
     names = {file.name for file in path.rglob("*")} - {file.name for file in path.rglob(_UNFINISHED)}
-    if names and not ("recipe.toml" in names <= _BEFORE_TRAINING):
+    if names and not ("last" in names <= _BEFORE_TRAINING):
         raise UnrolledError(f"{path} exists already; choose another --out, or go on with it: --resume --out {path}")
 
 
@@ -115,7 +126,7 @@ def create(path: Path, recipe: Recipe, changes: dict[str, Any], dataset: Dataset
         UnrolledError: there is something at `path` already.
     """
     refuse_taken(path)
-    path.mkdir(parents=True, exist_ok=True)
+    (path / "last" / "copies").mkdir(parents=True, exist_ok=True)  # first, as what a broken-off start is known by
     _write_twice(path, "recipe.toml", recipe.to_toml().encode())
     _write_twice(path, "tokenizer.json", dataset.tokenizer.to_json().encode())
     heldout = {split: torch.from_numpy(np.array(dataset.ids[split])) for split in ("valid", "test")}
@@ -194,6 +205,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise UnrolledError(f"no run folder {str(path)!r}")
     if not (path / "manifest.json").is_file():
+        if (path / "last" / "copies" / "manifest.json").is_file():
+            raise UnrolledError(f"{path / 'manifest.json'} is missing; {REPAIR}")
         raise UnrolledError(f"{path} is not a run folder: it holds no manifest.json")
     return read_manifest_file(path / "manifest.json")
 

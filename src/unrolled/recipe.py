@@ -74,7 +74,7 @@ class Model(Section):
     """Weights begin uniform between minus this and this, biases at 0."""
     draw_decoder_bias: bool = False
     """The decoder's biases begin like weights, as in TensorFlow's tutorial."""
-    forget_bias: float = 0.0
+    forget_bias: Annotated[float, Field(ge=-1e6, le=1e6)] = 0.0
     """Added to the LSTM's forget gate at the start; the references use none."""
     activation: Literal["tanh", "relu"] = "tanh"
     """Of elman and jordan."""

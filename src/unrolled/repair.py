@@ -9,7 +9,7 @@ from unrolled import folder
 from unrolled.errors import UnrolledError
 from unrolled.files import sha256_of, write_whole
 from unrolled.metrics import damaged_metrics, read_metrics, rewrite_metrics
-from unrolled.training.resume import resume_files
+from unrolled.training.resume import STAND_IN, resume_files
 
 _LOST = {
     "heldout.safetensors": "evaluate needs the text: --data",
@@ -104,9 +104,10 @@ def _weights(path: Path, manifest: dict[str, Any]) -> Finding:
     tensors, _ = folder.read_tensors(point)
     weights = {name.removeprefix("model."): part for name, part in tensors.items() if name.startswith("model.")}
     position, id = _position(point), manifest.get("id")
-    folder.write_tensors(file, weights, {"epoch": str(position["epoch"])} | ({"run": id} if id else {}))
-    if manifest.pop("results", None):
+    if manifest.pop("results", None):  # before the weights that they are not of, lest a kill leaves both
         folder.write_manifest(path, manifest)
+    epoch = position["epoch"] - (position["window"] == 0)
+    folder.write_tensors(file, weights, {"epoch": str(epoch), STAND_IN: "yes"} | ({"run": id} if id else {}))
     remark = f"those of step {position['step']:,}, not of the best validation; its results are taken away"
     return Finding(file.name, "repaired", remark)
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import tomllib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ from kills import ENVIRONMENT, kill_loop
 import unrolled
 from unrolled import Run, UnrolledError, folder
 from unrolled.data.batches import Windows
+from unrolled.data.dataset import prepare
+from unrolled.data.text import open_corpus
+from unrolled.data.tokens import Vocabulary
 from unrolled.files import write_whole
 from unrolled.folder import read_tensors
 from unrolled.items import json_item, nbest_item, plain_item
@@ -148,6 +152,69 @@ def test_a_full_disk_is_one_line_and_the_last_good_state_stays(tmp_path: Path) -
     assert before == {file: file.read_bytes() for file in (path / "last").glob("*.safetensors")}
     assert not list(path.rglob("*.tmp"))
     assert unrolled.train(None, out=path, resume=True).manifest["status"] == "done"
+
+
+def test_text_that_changes_while_it_is_read_is_refused_and_not_remembered(write: Callable[..., Path]) -> None:
+    text = "a b c\n" * 3000
+    path = write("c.txt", text)
+    corpus = open_corpus(str(path))
+    path.write_text(text[: len(text) * 39 // 40])
+    with pytest.raises(UnrolledError, match=r"c\.txt changed while it was read"):
+        prepare(corpus, Vocabulary("word"))
+    path.write_text(text)
+    splits = prepare(open_corpus(str(path)), Vocabulary("word")).splits
+    assert sum(info.tokens for info in splits.values()) == 4 * 3000
+
+
+def test_files_of_a_run_of_another_length_are_refused(tmp_path: Path) -> None:
+    short, long = (
+        unrolled.train("demo", data="toy", out=tmp_path / str(n), changes=SMALL | {"training.max_epochs": n}).path
+        for n in (1, 2)
+    )
+    shutil.copy(short / "model.safetensors", long)
+    assert [finding.state for finding in repair(long) if finding.file == "model.safetensors"] == ["repaired"]
+
+
+def test_results_are_those_of_the_weights_even_after_a_repair(tmp_path: Path) -> None:
+    worse = {"training.schedule": "exponential", "training.learning_rate": 0.003, "training.final_learning_rate": 0.9}
+    run = unrolled.train("demo", data="toy", out=tmp_path / "run", changes=SMALL | worse)
+    assert run.manifest["results"]["best_epoch"] == 1
+    (run.path / "model.safetensors").write_bytes(b"x")
+    repair(run.path)
+    assert "results" not in folder.read_manifest(run.path)
+    results = unrolled.train(None, out=run.path, resume=True).manifest["results"]
+    assert results["best_epoch"] == 2
+    assert results["valid"]["perplexity"] == pytest.approx(results["valid_perplexity"], rel=0.05)
+    longer = unrolled.train(None, out=run.path, resume=True, changes={"training.max_epochs": 3}).manifest["results"]
+    assert longer["best_epoch"] == 3  # whatever it is: the lost weights' figure stands in nobody's way
+
+
+def test_a_folder_with_a_users_own_recipe_is_not_taken(tmp_path: Path) -> None:
+    own = tmp_path / "recipe.toml"
+    own.write_text("# mine\n[training]\nmax_epochs = 1\n")
+    with pytest.raises(UnrolledError, match="exists already"):
+        unrolled.train(str(own), data="toy", out=tmp_path, changes=SMALL)
+    assert own.read_text().startswith("# mine")
+
+
+def test_a_missing_manifest_is_named_and_repaired(copy: Path) -> None:
+    (copy / "manifest.json").unlink()
+    with pytest.raises(UnrolledError, match=r"manifest\.json is missing; unrolled repair"):
+        unrolled.load(copy)
+    repair(copy)
+    assert unrolled.load(copy).score("the dog").tokens == 3
+
+
+def test_the_largest_seed_samples_too(tmp_path: Path) -> None:
+    seed = {"training.seed": (1 << 63) - 1, "training.max_epochs": 1}
+    assert unrolled.train("demo", data="toy", out=tmp_path / "run", changes=SMALL | seed).manifest["status"] == "done"
+
+
+def test_two_trainings_without_a_name_take_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        taken = list(pool.map(folder.reserve, ["demo"] * 8))
+    assert {path.name for path in taken} == {f"demo-{number}" for number in range(1, 9)}
 
 
 def test_a_small_disk_that_fills_up_loses_nothing(tmp_path: Path) -> None:

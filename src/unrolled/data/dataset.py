@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,10 +16,12 @@ from typing import Any
 import numpy as np
 
 from unrolled.data.reading import Corpus, read_bytes, read_lines, read_text
+from unrolled.data.text import sha256_of_range
 from unrolled.data.tokens import Tokenizer, Vocabulary, learn
 from unrolled.errors import UnrolledError
 from unrolled.files import cache_folder, sha256_of, write_whole, written_whole
 
+_LEFT_S = 86_400
 _FORMAT = 2
 """Raised when the ids of the same text and settings would come out otherwise than before."""
 
@@ -70,6 +73,9 @@ def _cached(corpus: Corpus, settings: dict[str, Any], make: Callable[[Path], Tok
         return replace(ready, name=corpus.name, note=corpus.note)
     folder = cache_folder() / "ids" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(".incoming-*"):  # by one that was killed
+        if time.time() - left.stat().st_mtime > _LEFT_S:
+            shutil.rmtree(left, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=".incoming-", dir=folder.parent))
     try:
         tokenizer = make(work)
@@ -82,6 +88,7 @@ def _cached(corpus: Corpus, settings: dict[str, Any], make: Callable[[Path], Tok
             "files": {file.name: sha256_of(file) for file in sorted(work.iterdir())},
         }
         write_whole(work / "dataset.json", json.dumps(about).encode())
+        _refuse_changed(corpus)
         try:
             work.rename(folder)
         except OSError:  # there is a damaged one, or another process was first
@@ -91,6 +98,13 @@ def _cached(corpus: Corpus, settings: dict[str, Any], make: Callable[[Path], Tok
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return _open(folder, tokenizer)
+
+
+def _refuse_changed(corpus: Corpus) -> None:
+    """What was encoded is to be what was hashed."""
+    for part in corpus.splits.values():
+        if sha256_of_range(part.path, part.start, part.stop) != part.sha256:
+            raise UnrolledError(f"{part.path} changed while it was read; start again")
 
 
 def _open(folder: Path, tokenizer: Tokenizer | None = None) -> Dataset:

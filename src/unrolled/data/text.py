@@ -334,9 +334,7 @@ def _cut(path: Path, position: int, encoding: str | None) -> int:
 
 def _ranges(title: str, path: Path, cuts: list[int]) -> dict[str, Split]:
     ranges = zip(SPLITS, cuts, cuts[1:], strict=False)
-    return {
-        split: Split(title, path, start, stop, _sha256_of_range(path, start, stop)) for split, start, stop in ranges
-    }
+    return {split: Split(title, path, start, stop, sha256_of_range(path, start, stop)) for split, start, stop in ranges}
 
 
 def _files(title: str, paths: dict[str, Path], names: dict[str, str] | None = None) -> dict[str, Split]:
@@ -350,7 +348,7 @@ def _files(title: str, paths: dict[str, Path], names: dict[str, str] | None = No
     return splits
 
 
-def _sha256_of_range(path: Path, start: int, stop: int) -> str:
+def sha256_of_range(path: Path, start: int, stop: int) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         file.seek(start)

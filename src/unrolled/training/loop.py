@@ -113,6 +113,8 @@ def train(
     dataset = start.resumed_dataset(path, recipe, changes) if resume else start.make_dataset(recipe, progress)
     windows = Windows(dataset.ids["train"], recipe.training.batch_size, recipe.training.num_steps)
     refuse_what_cannot_fit(start.memory_needed(recipe, len(dataset.tokenizer)))
+    if out is None and not resume:
+        path = folder.reserve(recipe.name)
     with folder.locked(path):
         folder.sweep(path)
         if not resume:
@@ -200,7 +202,11 @@ def _train_epochs(
         if not training.sample_length or not keeper.is_sound():
             return {}
         model.eval()
-        return {"sample": sample(model, dataset.tokenizer, training.sample_length, training.seed + position.step)}
+        return {
+            "sample": sample(
+                model, dataset.tokenizer, training.sample_length, (training.seed + position.step) % (1 << 63)
+            )
+        }
 
     def is_due(every: int) -> bool:
         return every > 0 and position.step % every == 0 and position.window < len(windows)
@@ -277,7 +283,9 @@ def _results(run: Run, dataset: Dataset) -> dict[str, Any]:
     metrics = [record for record in read_metrics(run.path) if "valid_perplexity" in record]
     if not metrics:
         raise UnrolledError(f"{run.path / 'metrics.jsonl'} has lost its epochs; the weights are whole")
-    best = min(metrics, key=lambda record: record["valid_perplexity"] or math.inf)
+    _, metadata = folder.read_tensors(run.path / "model.safetensors", run.manifest.get("id"))
+    its_own = [record for record in metrics if str(record["epoch"]) == metadata.get("epoch")]
+    best = min(its_own or metrics, key=lambda record: record["valid_perplexity"] or math.inf)
     vocab_size = len(dataset.tokenizer)
     ngrams = {"unigram": 1, "bigram": 2, "trigram": 3}
     return {

@@ -103,6 +103,10 @@ def load_point(
         raise UnrolledError(f"{file} does not fit the recipe of its run") from error
 
 
+STAND_IN = "stand_in"
+"""Marks weights that `unrolled repair` took from a resume point, in place of the best."""
+
+
 @final
 class Keeper:
     """What a training keeps: where it stands, its best weights, its resume points; and how it goes back to one.
@@ -124,7 +128,11 @@ class Keeper:
     def keep_if_best(self, valid_perplexity: float) -> bool:
         """Writes the weights where none have done better; whether they did."""
         best = self.position.best_valid_perplexity
-        if not math.isfinite(valid_perplexity) or (best is not None and valid_perplexity >= best):
+        if (
+            not math.isfinite(valid_perplexity)
+            or not self.is_sound()
+            or (best is not None and valid_perplexity >= best)
+        ):
             return False
         self.position.best_valid_perplexity = valid_perplexity
         self._write_weights(self.position.epoch)
@@ -132,7 +140,7 @@ class Keeper:
 
     def keep_some(self) -> None:
         """Writes the weights where there are none yet, for a training that is broken off in its first epoch."""
-        if not (self.path / "model.safetensors").exists():
+        if self.is_sound() and not (self.path / "model.safetensors").exists():
             self._write_weights(0)
 
     def _write_weights(self, epoch: int) -> None:
@@ -163,6 +171,9 @@ class Keeper:
         size = self.training.batch_size
         point, self.states = load_point(self.path, self.id, self.model, self.optimizer, size)
         vars(self.position).update(vars(point))
+        weights = self.path / "model.safetensors"
+        if weights.is_file() and STAND_IN in read_tensors(weights, self.id)[1]:
+            self.position.best_valid_perplexity = None  # the best were lost, so the next are
         cut_metrics(self.path, point.step, point.epoch)
 
     def gives_up(self) -> bool:
@@ -222,7 +233,10 @@ def _put_back(
     for part, expected in zip(sum(states, ()), sum(zero, ()), strict=True):
         if (part.shape, part.dtype) != (expected.shape, expected.dtype):
             raise ValueError("the recurrent state is of another size or type")
-    return TypeAdapter(Position).validate_json(metadata["position"]), states
+    position = TypeAdapter(Position).validate_json(metadata["position"])
+    if not math.isfinite(position.elapsed_s + position.nll_nats) or position.step > 1 << 53:
+        raise ValueError("no training stands there")
+    return position, states
 
 
 def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -189,6 +189,38 @@ def test_results_are_those_of_the_weights_even_after_a_repair(tmp_path: Path) ->
     assert longer["best_epoch"] == 3  # whatever it is: the lost weights' figure stands in nobody's way
 
 
+def test_a_repair_that_is_broken_off_leaves_no_results_of_other_weights(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (copy / "model.safetensors").write_bytes(b"x")
+
+    def broken_off(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(folder, "write_tensors", broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            repair(copy)
+    assert "results" not in folder.read_manifest(copy)
+    repair(copy)
+    assert unrolled.load(copy).score("the dog").tokens == 3
+
+
+def test_first_weights_beyond_all_bounds_are_refused() -> None:
+    with pytest.raises(UnrolledError, match="forget-bias"):
+        load_recipe("demo").changed({"model.forget_bias": "1e300"})
+
+
+def test_what_a_killed_preparation_left_is_taken_away_in_time(cache: Path, write: Callable[..., Path]) -> None:
+    left, fresh = (cache / "ids" / f".incoming-{name}" for name in ("old", "new"))
+    for folder_left in (left, fresh):
+        folder_left.mkdir(parents=True)
+    os.utime(left, (0, 0))
+    prepare(open_corpus(str(write("other.txt", "x y z\n" * 500))), Vocabulary("word"))
+    assert not left.exists()
+    assert fresh.exists()
+
+
 def test_a_folder_with_a_users_own_recipe_is_not_taken(tmp_path: Path) -> None:
     own = tmp_path / "recipe.toml"
     own.write_text("# mine\n[training]\nmax_epochs = 1\n")

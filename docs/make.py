@@ -45,6 +45,8 @@ def tour(path: Path) -> str:
     parts = ["<!-- made by docs/make.py from docs/tour.ipynb, which see for running it -->"]
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":  # warnings tell of this machine, not of the tour
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         parts.append(cell.source if cell.cell_type == "markdown" else f"```python\n{cell.source}\n```")
         printed = "".join(output.get("text", "") for output in cell.get("outputs", []))
         if printed:

@@ -67,3 +67,11 @@ def test_what_is_made_from_the_code_is_up_to_date(tmp_path: Path) -> None:
         assert ours == made, f"docs/{name} is out of date: make docs"
     pictures = {path.name for path in (tmp_path / "results").iterdir()}
     assert pictures == {path.name for path in (ROOT / "docs/results").glob("*.svg")}
+
+
+def test_no_page_names_a_place_on_the_machine_that_made_it() -> None:
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*")]:
+        if path.suffix in (".md", ".ipynb", ".jsonl", ".svg"):
+            text = path.read_text(encoding="utf-8")
+            assert "site-packages" not in text, path
+            assert str(ROOT) not in text, path

@@ -22,14 +22,16 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def kill_loop(into: Path, options: list[str], kills: int, seed: int) -> Counter[str]:
-    """SIGKILL at random moments, until there were so many and the training has come to its end.
+    """SIGKILL at random moments, so many times; then the training is left to come to its end.
 
     A round begins anew, or goes on from the resume point; one that ends before enough kills begins another training.
+    The moments are parts of the time that the unbroken one took: on a machine that has become slower since, they may
+    all lie before the first step, so that nothing here may wait for a training to end between two kills.
 
     Args:
         into: a folder for the runs.
         options: of `unrolled train`.
-        kills: how many at least.
+        kills: how many.
         seed: of the moments.
 
     Returns:
@@ -42,8 +44,8 @@ def kill_loop(into: Path, options: list[str], kills: int, seed: int) -> Counter[
     subprocess.run([*command, "--out", unbroken], check=True, capture_output=True, env=ENVIRONMENT)
     longest = time.monotonic() - begun
     number, going_on = 0, False
-    while counts["kills"] < kills or going_on:
-        path = killed / str(number)
+    while True:
+        path, enough = killed / str(number), counts["kills"] >= kills
         process = subprocess.Popen(
             [*command[:4], "--resume", "--quiet", "--out", path] if going_on else [*command, "--out", path],
             env=ENVIRONMENT,
@@ -52,7 +54,7 @@ def kill_loop(into: Path, options: list[str], kills: int, seed: int) -> Counter[
             text=True,
         )
         try:
-            _, err = process.communicate(timeout=chance.uniform(0.2, 0.8) * longest)
+            _, err = process.communicate(timeout=None if enough else chance.uniform(0.2, 0.8) * longest)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
@@ -65,8 +67,9 @@ def kill_loop(into: Path, options: list[str], kills: int, seed: int) -> Counter[
             raise RuntimeError(err)
         counts["ended"] += 1
         counts["lost"] += not is_same(unbroken, path)
+        if enough:
+            return counts
         number, going_on = number + 1, False
-    return counts
 
 
 def is_same(one: Path, other: Path) -> bool:

@@ -58,7 +58,7 @@ def tour(path: Path) -> str:
 def commands() -> str:
     """The help of every command, as Markdown."""
     text = app.generate_docs(output_format="markdown", heading_level=1)
-    return "<!-- made by docs/make.py from src/unrolled/cli.py -->\n\n" + text.rstrip() + "\n"
+    return "<!-- made by docs/make.py from src/unrolled/commands -->\n\n" + text.rstrip() + "\n"
 
 
 def speed_chart(records: list[dict[str, Any]]) -> Figure:

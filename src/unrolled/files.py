@@ -51,10 +51,14 @@ def cache_folder() -> Path:
     return Path(pooch.os_cache("unrolled"))
 
 
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
+def sha256_of(path: Path, start: int = 0, stop: int | None = None) -> str:
+    """The SHA-256 of a file's bytes, or of those from `start` to before `stop`, in hexadecimal."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(start)
+        while block := file.read(1 << 20 if stop is None else min(1 << 20, stop - file.tell())):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _umask() -> int:

@@ -47,9 +47,9 @@ def test_the_readmes_tree_is_the_tree() -> None:
             named.add((folder if indent > 2 else "") + name)
     source = Path(unrolled.__file__).parent
     files = {path.relative_to(source).as_posix() for path in source.rglob("*.py")}
-    trivial = {f"{room}/__init__.py" for room in ("data", "kernels", "nn", "training", "inference", "serving")} | {
-        "__main__.py"
-    }
+    trivial = {
+        f"{room}/__init__.py" for room in ("commands", "data", "kernels", "nn", "training", "inference", "serving")
+    } | {"__main__.py"}
     assert named == files - trivial
 
 

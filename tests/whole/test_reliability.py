@@ -139,7 +139,9 @@ def test_a_full_disk_is_one_line_and_the_last_good_state_stays(tmp_path: Path) -
     before = {file: file.read_bytes() for file in (path / "last").glob("*.safetensors")}
     command = [sys.executable, "-m", "unrolled", "train", "--resume", "--out", path, "--max-epochs", "3"]
     limit = f"ulimit -f {(path / 'last/resume.safetensors').stat().st_size // 2 // 512}"
-    done = subprocess.run(["sh", "-c", f'{limit}; exec "$@"', "sh", *command], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["sh", "-c", f'{limit}; exec "$@"', "sh", *command], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("unrolled: File too large: ")
     assert "Traceback" not in done.stderr

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from unrolled.data.reading import Corpus, read_bytes, read_lines, read_text
-from unrolled.data.text import sha256_of_range
 from unrolled.data.tokens import Tokenizer, Vocabulary, learn
 from unrolled.errors import UnrolledError
 from unrolled.files import cache_folder, sha256_of, write_whole, written_whole
@@ -103,7 +102,7 @@ def _cached(corpus: Corpus, settings: dict[str, Any], make: Callable[[Path], Tok
 def _refuse_changed(corpus: Corpus) -> None:
     """What was encoded is to be what was hashed."""
     for part in corpus.splits.values():
-        if sha256_of_range(part.path, part.start, part.stop) != part.sha256:
+        if sha256_of(part.path, part.start, part.stop) != part.sha256:
             raise UnrolledError(f"{part.path} changed while it was read; start again")
 
 

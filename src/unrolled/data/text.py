@@ -334,7 +334,7 @@ def _cut(path: Path, position: int, encoding: str | None) -> int:
 
 def _ranges(title: str, path: Path, cuts: list[int]) -> dict[str, Split]:
     ranges = zip(SPLITS, cuts, cuts[1:], strict=False)
-    return {split: Split(title, path, start, stop, sha256_of_range(path, start, stop)) for split, start, stop in ranges}
+    return {split: Split(title, path, start, stop, sha256_of(path, start, stop)) for split, start, stop in ranges}
 
 
 def _files(title: str, paths: dict[str, Path], names: dict[str, str] | None = None) -> dict[str, Split]:
@@ -346,15 +346,6 @@ def _files(title: str, paths: dict[str, Path], names: dict[str, str] | None = No
             raise UnrolledError(f"{name} is empty" if name == title else f"{title}: {name} is empty")
         splits[split] = Split(name, path, 0, size, sha256_of(path))
     return splits
-
-
-def sha256_of_range(path: Path, start: int, stop: int) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        file.seek(start)
-        while block := file.read(min(1 << 20, stop - file.tell())):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _spool() -> Path:

@@ -1,0 +1,180 @@
+"""The commands that make a model and measure it: train, evaluate, bench, kernels."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+import unrolled
+from unrolled.answers import figure, notice, print_epoch, print_json, print_results, print_table
+from unrolled.options import Device, Json, Precision, RecipeOptions, RunFolder, Text, Whole
+
+
+def train(
+    recipe: str | None = None,
+    /,
+    *,
+    data: Text | None = None,
+    out: Path | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+    json: Json = False,
+    options: Annotated[RecipeOptions, Parameter(name="*")] = RecipeOptions(),  # noqa: B008
+) -> int:
+    """Train a model and leave a run folder.
+
+    What an option does not say, the recipe says; the values in brackets are those of the recipe demo.
+
+    Parameters
+    ----------
+    recipe
+        A shipped recipe (unrolled recipes lists them) or a TOML file; demo when left out.
+    data
+        A corpus by name, a text file, a folder or archive with train, valid and test, or - for standard input.
+    out
+        The run folder; runs/RECIPE-N when left out.
+    resume
+        Go on with the run folder of --out, or with the newest of this recipe.
+    quiet
+        No progress.
+    """
+    from unrolled.progress import Display
+
+    changes = {name.replace("__", "."): value for name, value in vars(options).items()}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    with Display(quiet=quiet, on_epoch=print_epoch if json else None) as display:
+        run = unrolled.train(recipe, data=data, out=out, resume=resume, changes=changes, progress=display)
+    if run.manifest["status"] == "stopped":
+        notice(f"stopped after step {run.manifest['steps']:,}; go on with: unrolled train --resume --out {run.path}")
+        return 130
+    if json:
+        print_json({"run": str(run.path), **run.manifest["results"]})
+    else:
+        print_results(run)
+    return 0
+
+
+def evaluate(
+    run: RunFolder,
+    /,
+    *,
+    split: str = "test",
+    data: Text | None = None,
+    encoding: str | None = None,
+    protocol: Literal["exact", "paper"] = "exact",
+    device: Device = "auto",
+    precision: Precision = "f32",
+    json: Json = False,
+) -> None:
+    """Perplexity of a split, every token after the first counted once.
+
+    Parameters
+    ----------
+    split
+        train, valid or test.
+    data
+        Other text: a corpus, a folder or archive with splits, or one file, which is taken whole.
+    encoding
+        How the bytes of --data become characters.
+    protocol
+        exact: one stream, each token after the first counted once. paper: as the reference code did it, tail dropped.
+    """
+    answer = unrolled.load(run, device, precision).evaluate(split, protocol, data, encoding)
+    if json:
+        print_json(answer)
+        return
+    print_table(
+        ["", ""],
+        [
+            ["text", f"{answer['corpus']}, {answer['split']}"],
+            ["protocol", answer["protocol"]],
+            ["tokens", f"{answer['tokens']:,}"],
+            ["of them <unk>", f"{answer['unknown']:,} ({answer['unknown'] / answer['tokens']:.1%})"],
+            ["perplexity", figure(answer["perplexity"], 3)],
+            ["nats per token", f"{answer['nll_nats'] / answer['tokens']:.4f}"],
+            ["bits per token", f"{answer['bits_per_token']:.4f}"],
+            ["bits per character", figure(answer["bits_per_character"], 4)],
+            *[
+                [f"{name.replace('_', ' ')}, teacher-forced", figure(answer["teacher_forced"][name], 4)]
+                for name in ("perplexity", "bits_per_character")
+                if "teacher_forced" in answer
+            ],
+        ],
+    )
+
+
+def bench(
+    *,
+    recipe: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ("ptb-small",),
+    task: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ("train", "score", "next-word"),
+    subject: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
+    rounds: Whole = 5,
+    seconds: float = 2.0,
+    json: Json = False,
+) -> None:
+    """Speed beside PyTorch's own layers: the same recipe, text and machine, in alternating rounds.
+
+    Parameters
+    ----------
+    recipe
+        Recipes, by name or file.
+    task
+        train, score (64 streams), next-word (one stream).
+    subject
+        What to time beside the baseline, torch f32; all of ours and PyTorch's when left out. NAME=COMMAND is another
+        program that trains, see benchmarks/peers.
+    rounds
+        How often each is timed.
+    seconds
+        How long one of them takes, about.
+    """
+    from unrolled import bench as benchmark
+
+    for name in recipe:
+        rows = []
+        for answer in benchmark.bench(name, task, subject or tuple(benchmark.SUBJECTS), rounds, seconds):
+            if json:
+                print_json(answer)
+                continue
+            digits = 1 if answer["unit"] == "µs" else 0
+            spread = [figure(answer[which], digits) for which in ("median", "minimum", "maximum")]
+            share = answer["share_of_ceiling"]
+            shown = "" if share is None else f"{share:.0%}"
+            rows.append([answer["task"], answer["subject"], *spread, answer["unit"]])
+            memory = answer["peak_memory_mib"]
+            rows[-1] += [figure(answer["ratio_to_baseline"], 2), shown, "" if memory is None else f"{memory:,.0f}"]
+        if rows:
+            heads = [name, "", "median", "least", "most", "", "ratio", "of the ceiling", "MiB"]
+            print_table(heads, rows)
+
+
+def kernels_build(*, again: bool = False) -> None:
+    """Compile the kernels for this processor, with its C++ compiler (CXX, or g++). They are kept in the cache.
+
+    Parameters
+    ----------
+    again
+        Even where they are there.
+    """
+    from unrolled.kernels.build import build, chosen_level
+
+    print(f"{chosen_level()}: {build(again)}")
+
+
+def kernels_status(*, json: Json = False) -> None:
+    """Which kernels this processor can run, and whether they are built."""
+    from unrolled.kernels.build import chosen_level, compiler, in_use, library_path
+
+    level, command = chosen_level(), compiler()
+    answer = {
+        "in_use": in_use(),
+        "level": level or "off",
+        "library": str(library_path(level)) if level else None,
+        "compiler": " ".join(command) if command else None,
+    }
+    if json:
+        print_json(answer)
+        return
+    print_table(["", ""], [[name.replace("_", " "), value or "none"] for name, value in answer.items()])
+    if answer["in_use"] == "none" and level:
+        notice("not built: unrolled kernels build")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from unrolled import Run, UnrolledError
-from unrolled.inference.generate import read_prefix
+from unrolled.inference.generate import prefix_ids, read_prefix
 from unrolled.inference.sampling import Sampling
 
 
@@ -34,7 +34,7 @@ def test_unknown_is_left_out_unless_asked_for(character_run: Run, toy_run: Run) 
 
 
 def test_a_prefix_is_read_as_the_beginning_of_a_line(toy_run: Run) -> None:
-    log_probs, _ = read_prefix(toy_run.model, toy_run.tokenizer, "the dog")
+    log_probs, _ = read_prefix(toy_run.model, prefix_ids(toy_run.tokenizer, "the dog"))
     ids = torch.tensor([[toy_run.tokenizer.start_id, *toy_run.tokenizer.encode("the dog").tolist()]]).T
     with torch.inference_mode():
         logits, _ = toy_run.model(ids, toy_run.model.initial_state(1))
@@ -171,7 +171,7 @@ def test_many_prefixes_at_once_are_each_as_by_itself(toy_run: Run) -> None:
         alone = toy_run.predict(prefix, 5)
         assert [word for word, _ in found.words] == [word for word, _ in alone.words]
         assert [value for _, value in found.words] == pytest.approx([value for _, value in alone.words], abs=1e-4)
-    log_probs, _ = read_prefix(toy_run.model, toy_run.tokenizer, prefixes[2])
+    log_probs, _ = read_prefix(toy_run.model, prefix_ids(toy_run.tokenizer, prefixes[2]))
     assert toy_run.predict(prefixes[2], 1).words[0][1] == pytest.approx(log_probs.max().exp().item(), abs=1e-4)
 
 

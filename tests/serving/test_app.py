@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import schemathesis
+import torch
 from hypothesis import given
 from schemathesis.core.result import Ok
 from schemathesis.specs.openapi.checks import positive_data_acceptance
@@ -17,6 +18,7 @@ from starlette.testclient import TestClient
 
 import unrolled
 from unrolled.inference.detokenize import detokenize
+from unrolled.nn.model import LanguageModel
 from unrolled.serving.app import make_app
 from unrolled.serving.limits import Limits
 from unrolled.serving.schema import GenerateRequest, PredictRequest
@@ -187,6 +189,33 @@ def _flat(value: Any) -> Iterator[Any]:
             yield from _flat(part)
     else:
         yield value
+
+
+def test_requests_that_wait_together_go_through_the_model_together(
+    toy_run: unrolled.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, batches = LanguageModel.hidden, list[int]()
+    prefixes = [f"the {word}" for word in ("dog", "cat", "girl", "birds")] * 4
+
+    def counted(self: LanguageModel, inputs: torch.Tensor, states: Any) -> Any:
+        batches.append(inputs.shape[1])
+        return original(self, inputs, states)
+
+    async def ask() -> list[Any]:
+        service, goes_on = Service({"toy": toy_run}, Limits()), threading.Event()
+        busy = asyncio.ensure_future(service.engine.last(iter(goes_on.wait, True)))
+        asked = [asyncio.ensure_future(service.predict(PredictRequest(prefixes=prefix))) for prefix in prefixes]
+        await asyncio.sleep(0)  # each has run to where it waits for the engine
+        goes_on.set()
+        answers = await asyncio.gather(*asked)
+        await busy
+        service.close()
+        return [pair.word for answer in answers for pair in answer.predictions[0].words]
+
+    alone = [word for prefix in prefixes for word, _ in toy_run.predict(prefix).words]
+    monkeypatch.setattr(LanguageModel, "hidden", counted)
+    assert asyncio.run(ask()) == alone
+    assert batches == [16]
 
 
 def test_a_long_request_does_not_stop_a_short_one(toy_run: unrolled.Run) -> None:

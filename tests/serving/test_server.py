@@ -13,6 +13,7 @@ from serving.conftest import server
 
 import unrolled
 from unrolled.cli import main
+from unrolled.serving.server import listen
 
 
 @pytest.fixture
@@ -99,6 +100,17 @@ def test_a_listener_that_goes_away_stops_its_text_and_nobody_elses(toy_run: unro
             thread.join()
     assert texts == [toy_run.generate(length=20, seed=1)] * 4
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_it_listens_so_that_small_answers_are_sent_at_once(host: str) -> None:
+    """asyncio sets TCP_NODELAY where the socket says that it is TCP, and only there."""
+    try:
+        listening = listen(host, 0)
+    except OSError:
+        pytest.skip(f"nothing can listen at {host} here")
+    with listening:
+        assert listening.proto == socket.IPPROTO_TCP
 
 
 def test_another_sites_name_does_not_lead_here(address: str) -> None:

@@ -131,6 +131,7 @@ def predict(
         Let <unk> be among them.
     """
     from unrolled.data.tokens import shown
+    from unrolled.inference.generate import last_word
     from unrolled.items import plain_item, read_items
 
     if complete and words != 1:
@@ -153,13 +154,11 @@ def predict(
         sys.stdout.flush()
 
     if prefix is not None:
-        found = answers([utf8(prefix)])[0]
-        notice_unknown(
-            model.tokenizer, prefix.removesuffix(prefix.split()[-1]) if complete and prefix.split() else prefix
-        )
+        found, typed = answers([utf8(prefix)])[0], last_word(prefix) if complete else ""
+        notice_unknown(model.tokenizer, prefix.removesuffix(typed))
         print_answer(prefix, found)
         if not found:
-            notice(f"no word of this model begins with {prefix.split()[-1]!r}")
+            notice(f"no word of this model begins with {typed!r}")
         return
     for batch in read_items("-", plain_item):
         wrong = next((item for item in batch if item.error), None)

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from unrolled.data.tokens import Tokenizer
 from unrolled.errors import UnrolledError
-from unrolled.inference.reading import NOTHING, Reading, Unread
+from unrolled.inference.reading import NOTHING, Reading, Unread, alike
 from unrolled.inference.sampling import Sampling, Writer
 from unrolled.inference.shown import prediction_html
 from unrolled.nn.model import LanguageModel
 from unrolled.nn.stream import Stream
 from unrolled.nn.unroll import LayerStates, pick
 
-_PREFIXES_AT_ONCE = 64
 _DECODER_REMEMBERS = 8
 """Tokens: of words whether the last ended a line, of bytes the beginning of a character."""
 MOST_SAMPLES = 1024
@@ -44,9 +43,9 @@ def prefix_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
     return np.concatenate([[tokenizer.start_id], tokenizer.encode(text)]).astype(np.int64)
 
 
-def read_prefix(model: LanguageModel, tokenizer: Tokenizer, text: str) -> tuple[Tensor, LayerStates]:
-    """What follows a text that begins a line: log-probabilities (V,) of the next token, and the state (B = 1)."""
-    reading = Reading(model, [Unread(prefix_ids(tokenizer, text), NOTHING, follows=True)]).finish()
+def read_prefix(model: LanguageModel, ids: np.ndarray) -> tuple[Tensor, LayerStates]:
+    """After ids (T,): the log-probabilities (V,) of the next token, and the state (B = 1)."""
+    reading = Reading(model, [Unread(ids, NOTHING, follows=True)]).finish()
     return reading.log_probs[0], reading.states
 
 
@@ -75,10 +74,8 @@ def predict_many(
             to be completed by a model of other tokens.
     """
     asked = [Question(tokenizer, prefix, k, unknown, complete) for prefix in prefixes]
-    order = sorted(range(len(asked)), key=lambda number: len(asked[number].ids))
     found: dict[int, Prediction] = {}
-    for first in range(0, len(order), _PREFIXES_AT_ONCE):
-        chosen = order[first : first + _PREFIXES_AT_ONCE]
+    for chosen in alike([len(question.ids) for question in asked]):
         reading = Reading(model, [Unread(asked[number].ids, NOTHING, follows=True) for number in chosen]).finish()
         found |= {number: asked[number].answer(row) for number, row in zip(chosen, reading.log_probs, strict=True)}
     return [found[number] for number in range(len(asked))]
@@ -96,7 +93,7 @@ class Question:
         if complete and tokenizer.unit != "word":
             raise UnrolledError(f"only a model of words completes them; this one is of {tokenizer.unit}s")
         self.tokenizer, self.prefix, self.k, self.unknown = tokenizer, prefix, k, unknown
-        self.word = _last_word(prefix) if complete else ""
+        self.word = last_word(prefix) if complete else ""
         self.ids = prefix_ids(tokenizer, prefix[: len(prefix) - len(self.word)])
 
     def answer(self, log_probs: Tensor) -> Prediction:
@@ -112,7 +109,8 @@ class Question:
         return Prediction(self.prefix, [(tokenizer.token(id), value) for id, value in pairs if value > 0])
 
 
-def _last_word(text: str) -> str:
+def last_word(text: str) -> str:
+    """The word that is still being typed; "" after white space."""
     return "" if not text or text[-1].isspace() else text.split()[-1]
 
 
@@ -140,8 +138,7 @@ def continuations(
         UnrolledError: an option is out of bounds, or the prefix is not in the vocabulary of a model without `<unk>`.
     """
     beam = Beam(tokenizer, prefix, length, k, width, unknown)
-    reading = Reading(model, [Unread(beam.prefix_ids, NOTHING, follows=True)]).finish()
-    *_, found = beam.through(model, reading.log_probs[0], reading.states)
+    *_, found = beam.through(model, *read_prefix(model, beam.prefix_ids))
     return found
 
 
@@ -323,8 +320,8 @@ class Drawing:
         samples = [0] * len(self.writers)
         if self.random_start:
             return None, pick(model.initial_state(1), samples)
-        reading = Reading(model, [Unread(self.prompt_ids, NOTHING, follows=True)]).finish()
-        return reading.log_probs[samples], pick(reading.states, samples)
+        log_probs, states = read_prefix(model, self.prompt_ids)
+        return log_probs.expand(len(samples), -1), pick(states, samples)
 
     def through(self, model: LanguageModel) -> Iterator[tuple[str, ...]]:
         """Reads the prompt, then draws to the end."""

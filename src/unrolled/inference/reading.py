@@ -1,6 +1,6 @@
 """Texts of any lengths read side by side, each from a state of its own, a window at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, final
 
@@ -15,7 +15,7 @@ from unrolled.nn.unroll import LayerStates, join, pick
 NOTHING = np.zeros(0, np.int64)
 """Targets of a text that is only read."""
 Likeliest: TypeAlias = list[list[tuple[int, float]]]
-_STEPS_AT_ONCE, _TOKENS_AT_ONCE = 128, 2048
+_TEXTS_AT_ONCE, _STEPS_AT_ONCE, _TOKENS_AT_ONCE = 64, 128, 2048
 _LOGITS_AT_ONCE = 1 << 23
 
 
@@ -31,6 +31,13 @@ class Unread:
     """How many of the likeliest tokens to name in the place of each target."""
     follows: bool = False
     """Whether to say how probable every token is after the last id; then there is at least one."""
+
+
+def alike(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """The numbers of texts of such lengths, in groups to be read side by side: those of like length together."""
+    order = sorted(range(len(lengths)), key=lambda number: lengths[number])
+    for first in range(0, len(order), _TEXTS_AT_ONCE):
+        yield order[first : first + _TEXTS_AT_ONCE]
 
 
 @final

@@ -11,13 +11,11 @@ import torch
 
 from unrolled.data.tokens import Tokenizer
 from unrolled.errors import UnrolledError
-from unrolled.inference.reading import Reading, Unread
+from unrolled.inference.reading import Reading, Unread, alike
 from unrolled.inference.shown import score_html
 from unrolled.nn.loss import perplexity
 from unrolled.nn.model import LanguageModel
 from unrolled.nn.unroll import LayerStates
-
-_TEXTS_AT_ONCE = 64
 
 Unknown = Literal["count", "skip", "spell"]
 
@@ -111,9 +109,8 @@ class Scorer:
                 encoded.append((number, self.encoded(text)))
             except UnrolledError as error:
                 scores[number] = error
-        encoded.sort(key=lambda pair: len(pair[1]))
-        for first in range(0, len(encoded), _TEXTS_AT_ONCE):
-            chosen = encoded[first : first + _TEXTS_AT_ONCE]
+        for group in alike([len(ids) for _, ids in encoded]):
+            chosen = [encoded[place] for place in group]
             reading = self._read([ids for _, ids in chosen])
             for (number, ids), nats in zip(chosen, reading.nats, strict=True):
                 scores[number] = self.scored(texts[number], ids, nats)

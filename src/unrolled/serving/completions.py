@@ -3,7 +3,7 @@
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Any, Literal, final
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,10 +12,10 @@ from unrolled.inference.generate import Drawing, going_on, new_seed
 from unrolled.inference.reading import Unread
 from unrolled.inference.sampling import Sampling
 from unrolled.run import Run
-from unrolled.serving.engine import Drawn
+from unrolled.serving.engine import Drawn, Read
 from unrolled.serving.limits import Refused
 from unrolled.serving.schema import Name, Stops, Words
-from unrolled.serving.service import Service
+from unrolled.serving.service import Service, aside
 from unrolled.serving.writing import Writing
 
 _MOST_LIKELIEST = 20
@@ -53,6 +53,15 @@ class LogProbs(BaseModel):
     token_logprobs: list[float | None] = []
     top_logprobs: list[dict[str, float] | None] | None = None
     text_offset: list[int] = []
+
+    def extend(self, more: "LogProbs") -> None:
+        """Appends those of the tokens that follow."""
+        self.tokens += more.tokens
+        self.token_logprobs += more.token_logprobs
+        self.text_offset += more.text_offset
+        if more.top_logprobs is not None:
+            self.top_logprobs = self.top_logprobs or []
+            self.top_logprobs += more.top_logprobs
 
 
 class Choice(BaseModel):
@@ -106,24 +115,34 @@ class Completing:
         )
         seed = new_seed() if request.seed is None else request.seed % (1 << 63)
         self.service.allow_drawing(len(self.prompts) * self.n, self.length)
-        asked = []
-        for number, prompt in enumerate(self.prompts):
-            options = (False, stop, sampling)
-            drawing = Drawing(run.tokenizer, prompt, self.n, self.length, (seed + number) % (1 << 63), *options)
-            ids = drawing.prompt_ids[not request.begin :]
-            if not len(ids):
-                raise Refused(422, "an empty prompt has to begin a line", "begin")
-            scored = bool(request.echo) and request.logprobs is not None
-            targets = ids[1:] if scored else ids[:0]
-            asked.append((prompt, ids, drawing, Unread(ids, targets, top=request.logprobs or 0, follows=True)))
-        reads = await self.service.read(run, [text for *_, text in asked])
-        wants = request.logprobs is not None
-        for (prompt, ids, drawing, _), read in zip(asked, reads, strict=True):
-            self.prompt_tokens += len(ids) - request.begin
+        wants, size = request.logprobs is not None, sum(map(len, self.prompts))
+
+        def drawings() -> Iterator[tuple[Drawing, Unread]]:
+            for number, prompt in enumerate(self.prompts):
+                options = (False, stop, sampling)
+                drawing = Drawing(run.tokenizer, prompt, self.n, self.length, (seed + number) % (1 << 63), *options)
+                ids = drawing.prompt_ids[not request.begin :]
+                if not len(ids):
+                    raise Refused(422, "an empty prompt has to begin a line", "begin")
+                targets = ids[1:] if request.echo and wants else ids[:0]
+                yield drawing, Unread(ids, targets, top=request.logprobs or 0, follows=True)
+
+        asked = await aside(size, lambda: list(drawings()))
+        reads = await self.service.read(run, [text for _, text in asked])
+        heads = await aside(
+            size, lambda: [self._head(prompt, read) for prompt, read in zip(self.prompts, reads, strict=True)]
+        )
+        for prompt, (drawing, text), read, head in zip(self.prompts, asked, reads, heads, strict=True):
+            self.prompt_tokens += len(text.ids) - request.begin
             start = read.log_probs, read.states
             writing = Writing(self.service.engine, run, drawing, start, self.head["model"], prompt, seed, False, wants)
-            echoed = self._echoed(prompt, read.nats.tolist(), read.likeliest) if request.echo else None
-            self.begun.append((Choice(index=0, text=prompt if request.echo else "", logprobs=echoed), writing))
+            self.begun.append((head, writing))
+
+    def _head(self, prompt: str, read: Read) -> Choice:
+        """A choice before anything is drawn."""
+        if not self.request.echo:
+            return Choice(index=0, text="")
+        return Choice(index=0, text=prompt, logprobs=self._echoed(prompt, read.nats.tolist(), read.likeliest))
 
     def _echoed(self, prompt: str, nats: list[float], likeliest: list[list[tuple[int, float]]]) -> LogProbs | None:
         """The prompt's own tokens."""
@@ -194,8 +213,10 @@ class Completing:
             choice = choices[step.index]
             choice.text += step.text
             choice.finish_reason = step.finish_reason or choice.finish_reason
-            if step.logprobs:
-                choice.logprobs = _joined(choice.logprobs, step.logprobs)
+            if step.logprobs and choice.logprobs:
+                choice.logprobs.extend(step.logprobs)
+            else:
+                choice.logprobs = choice.logprobs or step.logprobs
         return Completion(**self.head, choices=[choices[index] for index in sorted(choices)], usage=self._usage())
 
     async def pieces(self) -> AsyncIterator[str]:
@@ -220,17 +241,6 @@ class _Row:
         self.index, self.tokens, self.ended = index, 0, False
         self.decode = going_on(writing.run.tokenizer, drawing.prompt_ids)
         self.text, self.offset = prompt or "\n", len(prompt) if echo else 0
-
-
-def _joined(first: LogProbs | None, second: LogProbs) -> LogProbs:
-    if first is None:
-        return second
-    return LogProbs(
-        tokens=first.tokens + second.tokens,
-        token_logprobs=first.token_logprobs + second.token_logprobs,
-        top_logprobs=None if second.top_logprobs is None else [*(first.top_logprobs or []), *second.top_logprobs],
-        text_offset=first.text_offset + second.text_offset,
-    )
 
 
 def _event(completion: Completion) -> str:

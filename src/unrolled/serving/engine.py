@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from unrolled.inference.generate import Drawing
-from unrolled.inference.reading import Likeliest, Reading, Unread
+from unrolled.inference.reading import Likeliest, Reading, Unread, alike
 from unrolled.nn.stream import Stream
 from unrolled.nn.unroll import LayerStates, join, pick
 from unrolled.run import Run
 
-_TEXTS_AT_ONCE = 64
 _SMALL = 256
 """Tokens of a request, all its texts together; a larger one is read by itself, so that no small one waits for it."""
 _AHEAD = 16
@@ -231,9 +230,10 @@ def _read(jobs: list[_Texts]) -> Iterator[None]:
     run, found = jobs[0].run, [dict[int, Read]() for _ in jobs]
     try:
         places = [(job, number) for job, request in enumerate(jobs) for number in range(len(request.texts))]
-        places.sort(key=lambda place: len(jobs[place[0]].texts[place[1]].ids))
-        while places := [place for place in places if not jobs[place[0]].future.cancelled()]:
-            chosen, places = places[:_TEXTS_AT_ONCE], places[_TEXTS_AT_ONCE:]
+        for group in alike([len(jobs[job].texts[number].ids) for job, number in places]):
+            chosen = [places[place] for place in group if not jobs[places[place][0]].future.cancelled()]
+            if not chosen:
+                continue
             texts = [jobs[job].texts[number] for job, number in chosen]
             with run.rounded():
                 reading = Reading(run.model, texts, join([_state(jobs[job], number) for job, number in chosen]))

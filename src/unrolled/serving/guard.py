@@ -83,7 +83,8 @@ class Guard:
             nonlocal status, started
             status, started = message.get("status", status), True
             try:
-                await asyncio.wait_for(send(message), self.seconds)
+                async with asyncio.timeout(self.seconds):
+                    await send(message)
             except TimeoutError as error:
                 raise _NobodyReads from error
 

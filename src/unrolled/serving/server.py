@@ -15,7 +15,7 @@ _LOCAL = ("127.0.0.1", "::1", "localhost")
 _GRACE_S = 5
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A socket that says it is TCP: only for such asyncio sends small answers at once, not some 40 ms later."""
     listening = socket.socket(
         socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP
@@ -56,7 +56,7 @@ def serve(
     for run in runs.values():
         _ = run.model  # is read now, not when the first request waits for it
     try:
-        listening = _listen(host, port)
+        listening = listen(host, port)
     except OSError as error:
         message = f"cannot listen at {host}, port {port}: {error.strerror}; pass another --port or --host"
         raise UnrolledError(message) from error

@@ -72,7 +72,7 @@ class Service:
             return [_score(score, request.per_token) for score in scores]
 
         size = sum(score.tokens for score in scores if isinstance(score, Score))
-        return schema.ScoreAnswer(model=name, scores=await _aside(size * request.per_token, answers))
+        return schema.ScoreAnswer(model=name, scores=await aside(size * request.per_token, answers))
 
     async def scores(self, run: Run, texts: Sequence[str], **options: Any) -> list[Score | UnrolledError]:
         """Scores as `Run.score_many` gives them; the options are its."""
@@ -87,14 +87,14 @@ class Service:
                 except UnrolledError as error:
                     found[number] = error
 
-        await _aside(sum(map(len, texts)), encode)
+        await aside(sum(map(len, texts)), encode)
         results = await self.read(run, [Unread(ids[:-1], ids[1:]) for ids in encoded.values()])
 
         def put_together() -> None:
             for (number, ids), result in zip(encoded.items(), results, strict=True):
                 found[number] = scorer.scored(texts[number], ids, result.nats)
 
-        await _aside(sum(map(len, encoded.values())), put_together)
+        await aside(sum(map(len, encoded.values())), put_together)
         return [found[number] for number in range(len(texts))]
 
     # -------------------------------------------------------------------------------------------- predictions
@@ -112,7 +112,7 @@ class Service:
                 Question(run.tokenizer, prefix, request.k, request.unknown, request.complete) for prefix in prefixes
             ]
 
-        asked = await _aside(sum(map(len, prefixes)), questions)
+        asked = await aside(sum(map(len, prefixes)), questions)
         results = await self.read(run, [Unread(question.ids, NOTHING, follows=True) for question in asked])
 
         def answers() -> list[schema.Prediction]:
@@ -125,7 +125,7 @@ class Service:
                 for question, read in zip(asked, results, strict=True)
             ]
 
-        return schema.PredictAnswer(model=name, predictions=await _aside(len(asked) * request.k, answers))
+        return schema.PredictAnswer(model=name, predictions=await aside(len(asked) * request.k, answers))
 
     async def _beams(self, run: Run, prefixes: list[str], request: schema.PredictRequest) -> list[schema.Prediction]:
         if request.complete:
@@ -158,7 +158,7 @@ class Service:
         options = {field: getattr(request, field) for field in _SAMPLING} | {"banned": tuple(request.banned)}
         stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
         self.allow_drawing(request.samples, request.length)
-        drawing = await _aside(
+        drawing = await aside(
             len(request.prompt),
             Drawing,
             *(run.tokenizer, request.prompt, request.samples, request.length, seed, request.random_start),
@@ -194,10 +194,10 @@ class Service:
     async def begin(self, request: schema.SessionRequest) -> schema.SessionAnswer:
         """A new session, which has read the end of a line and then the text."""
         name, run = self.run(request.model)
-        ids = await _aside(len(request.text), prefix_ids, run.tokenizer, request.text)
+        ids = await aside(len(request.text), prefix_ids, run.tokenizer, request.text)
         (read,) = await self.read(run, [Unread(ids, ids[1:], follows=True)])
         session = self.sessions.begin(name, run, Place(read.states, _followed(read), len(ids) - 1, _last(ids)))
-        tokens = await _aside(len(ids), _tokens, run, request.text, ids[1:], read.nats)
+        tokens = await aside(len(ids), _tokens, run, request.text, ids[1:], read.nats)
         return self._standing(session, tokens, request.k, request.unknown, "")
 
     async def go_on(self, id: str, request: schema.ReadRequest) -> schema.SessionAnswer:
@@ -205,11 +205,11 @@ class Service:
         session = self.session(id)
         async with session.lock:
             run, place, tokens = session.run, session.place, list[schema.TokenScore]()
-            ids = (await _aside(len(request.text), run.tokenizer.encode, request.text)).astype(np.int64)
+            ids = (await aside(len(request.text), run.tokenizer.encode, request.text)).astype(np.int64)
             if len(ids):
                 (read,) = await self.read(run, [Unread(ids, ids[1:], follows=True)], place.states)
                 nats = np.concatenate([[-float(place.log_probs[ids[0]])], read.nats])
-                tokens = await _aside(len(ids), _tokens, run, request.text, ids, nats)
+                tokens = await aside(len(ids), _tokens, run, request.text, ids, nats)
                 last = _last(np.concatenate([place.last_ids, ids]))
                 self.sessions.go_on(session, Place(read.states, _followed(read), place.tokens + len(ids), last))
             return self._standing(session, tokens, request.k, request.unknown, request.typed)
@@ -313,7 +313,7 @@ _LARGE = 20_000
 """Characters or figures; what has more is not worked through on the event loop."""
 
 
-async def _aside(size: int, function: Callable[..., T], *arguments: Any) -> T:
+async def aside(size: int, function: Callable[..., T], *arguments: Any) -> T:
     """What a function returns, from a thread of its own where there is much to do."""
     return function(*arguments) if size < _LARGE else await asyncio.to_thread(function, *arguments)
 

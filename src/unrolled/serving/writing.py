@@ -40,7 +40,7 @@ class Writing:
         self._log_probs = None if log_probs is None else log_probs.expand(samples, -1)
         self._states = pick(states, [0] * samples)
         self._joiners = [Detokenizer() for _ in drawing.writers]
-        self.texts = [""] * samples
+        self._pieces: list[list[str]] = [[] for _ in drawing.writers]
 
     async def __aiter__(self) -> AsyncIterator[Drawn]:
         start = self._log_probs, self._states
@@ -54,17 +54,18 @@ class Writing:
             yield self._written(rest)
 
     def _written(self, drawn: Drawn) -> Drawn:
-        self.texts = [text + piece for text, piece in zip(self.texts, drawn.pieces, strict=True)]
+        for pieces, piece in zip(self._pieces, drawn.pieces, strict=True):
+            pieces.append(piece)
         return drawn
 
     def answer(self) -> schema.GenerateAnswer:
         """All texts as far as they were written."""
         texts = [
             schema.Text(
-                text=text,
+                text="".join(pieces),
                 tokens=tokens,
                 finish_reason="stop" if writer.done else "length",
             )
-            for text, tokens, writer in zip(self.texts, self.drawing.tokens, self.drawing.writers, strict=True)
+            for pieces, tokens, writer in zip(self._pieces, self.drawing.tokens, self.drawing.writers, strict=True)
         ]
         return schema.GenerateAnswer(model=self.model, prompt=self.prompt, seed=self.seed, texts=texts)

@@ -28,6 +28,8 @@ SAVING_SHARE = 0.02
 """No more of the time than this goes into resume points."""
 MOST_SKIPPED, MOST_ROLLBACKS, LOWER = 10, 3, 0.5
 """Steps in a row without a finite gradient before the training goes back, how often it does, what the rate becomes."""
+STAND_IN = "stand_in"
+"""Marks weights that `unrolled repair` took from a resume point, in place of the best."""
 
 
 @dataclass
@@ -101,10 +103,6 @@ def load_point(
         return _put_back(tensors, metadata, model, optimizer, batch_size)
     except (RuntimeError, LookupError, TypeError, ValueError) as error:
         raise UnrolledError(f"{file} does not fit the recipe of its run") from error
-
-
-STAND_IN = "stand_in"
-"""Marks weights that `unrolled repair` took from a resume point, in place of the best."""
 
 
 @final

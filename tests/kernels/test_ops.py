@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis.strategies import booleans, floats, integers, sampled_from
 from torch import Tensor, nn
 
-from unrolled.kernels import build, ops
+from unrolled.kernels import build, ops, step
 from unrolled.nn.cells import CELLS, Cell, State
 from unrolled.nn.dropout import Dropout, dropout_plain
 from unrolled.nn.loss import token_nll, token_nll_plain
@@ -288,7 +288,7 @@ def test_the_operators_keep_to_pytorchs_rules() -> None:
     weights = leaf(28, 5), leaf(28, 7), leaf(28)
     ids = torch.randint(5, (3, 4))
     layer = ops.Layer("lstm", (torch.randn(28, 5), torch.randn(28, 7), torch.randn(28)))
-    packed = ops.pack([layer], torch.randn(30, 5), torch.randn(30, 7), torch.randn(30), narrow=False)
+    packed = step.pack([layer], torch.randn(30, 5), torch.randn(30, 7), torch.randn(30), narrow=False)
     cases: list[tuple[Any, tuple[Any, ...]]] = [
         (names.recurrent, (leaf(3, 4, 5), leaf(4, 7), leaf(4, 7), *weights, 0, False)),
         (names.recurrent, (ids, leaf(4, 7), None, leaf(7, 5), leaf(7, 7), leaf(7), 2, False)),

@@ -56,7 +56,7 @@ PRINT = ("commands", "answers", "progress")
 """They alone write to the terminal; what a command needs it imports when it runs."""
 ORDER = {
     "data": ["embedded", "archives", "reading", "text", "words", "backends", "tokens", "dataset", "batches"],
-    "kernels": ["build", "ops"],
+    "kernels": ["build", "ops", "step"],
     "nn": ["cells", "unroll", "loss", "dropout", "model", "stream"],
     "commands": ["making", "using", "looking"],
     "training": ["optim", "resume", "start", "stop", "loop"],

@@ -1,7 +1,7 @@
-"""The native kernels as PyTorch operators with their gradients: `torch.ops.unrolled.*`.
+"""The native kernels of training as PyTorch operators with their gradients: `torch.ops.unrolled.*`.
 
 Each has a plain twin that computes the same: `unroll_plain`, `token_nll_plain`, `dropout_plain`, `clip_by_global_norm`
-with plain SGD, `Stream` over the model itself. To call an operator where they are not built is an error.
+with plain SGD. To call an operator where they are not built is an error.
 """
 
 import ctypes
@@ -13,10 +13,18 @@ from torch import Tensor
 from unrolled.kernels.build import library
 
 KINDS = {"lstm": 0, "gru": 1, "tanh": 2, "relu": 3}
-_SLOTS = (4, 4, 1, 1)
 _GATES = (4, 3, 1, 1)
+SLOTS = (4, 4, 1, 1)
+"""Of each kind, the gates that are computed and the numbers that are kept of each unit."""
 _NO_SUCH_ID, _NO_SUCH_STATE, _NO_SUCH_COUNT = 2, 3, 4
-_library = torch.library.Library("unrolled", "DEF")
+operators = torch.library.Library("unrolled", "DEF")
+
+
+class Layer(NamedTuple):
+    """A layer as the kernels take it: a kind of `KINDS`; weight_ih (GH, E), weight_hh (GH, H), bias (GH,)."""
+
+    kind: str
+    weights: tuple[Tensor, Tensor, Tensor]
 
 
 def serves(parameter: Tensor) -> bool:
@@ -24,7 +32,8 @@ def serves(parameter: Tensor) -> bool:
     return parameter.device.type == "cpu" and parameter.dtype == torch.float32 and library() is not None
 
 
-def _call(name: str, *arguments: Any) -> None:
+def call(name: str, *arguments: Any) -> None:
+    """Calls a function of the kernels by name; raises what its answer says."""
     found = library()
     if found is None:
         raise RuntimeError("the kernels are not built; unrolled kernels build")
@@ -40,7 +49,7 @@ def _call(name: str, *arguments: Any) -> None:
         raise MemoryError("not enough memory for a kernel's workspace")
 
 
-def _expect(*pairs: tuple[Tensor | None, tuple[int, ...]]) -> None:
+def expect(*pairs: tuple[Tensor | None, tuple[int, ...]]) -> None:
     """The kernels read memory as they are told it lies, so what a caller gets wrong is refused before."""
     for tensor, shape in pairs:
         if tensor is not None and (
@@ -52,7 +61,7 @@ def _expect(*pairs: tuple[Tensor | None, tuple[int, ...]]) -> None:
 # ------------------------------------------------------------------------------------------------ a recurrent layer
 
 
-_library.define(
+operators.define(
     "recurrent("
     "Tensor inputs, Tensor h, Tensor? c, Tensor weight_ih, Tensor weight_hh, Tensor bias, int kind, "
     "bool narrow"
@@ -60,7 +69,7 @@ _library.define(
 )
 
 
-@torch.library.impl(_library, "recurrent", "CPU")
+@torch.library.impl(operators, "recurrent", "CPU")
 def _recurrent(
     inputs: Tensor,
     h: Tensor,
@@ -88,12 +97,12 @@ def _recurrent(
     inputs = inputs if inputs.is_floating_point() else inputs.long()
     (batch, size), gates_size = h.shape, _GATES[kind] * h.shape[1]
     shape = (*inputs.shape[:2], weight_ih.shape[1])[: 3 if inputs.is_floating_point() else 2]
-    _expect((inputs, shape), (h, (inputs.shape[1], size)), (c, (batch, size)), (bias, (gates_size,)))
-    _expect((weight_ih, (gates_size, weight_ih.shape[1])), (weight_hh, (gates_size, size)))
+    expect((inputs, shape), (h, (inputs.shape[1], size)), (c, (batch, size)), (bias, (gates_size,)))
+    expect((weight_ih, (gates_size, weight_ih.shape[1])), (weight_hh, (gates_size, size)))
     outputs, c_last, gates, cells = _recurrent_shapes(inputs, h, c, weight_ih, weight_hh, bias, kind, narrow)
     (steps, batch), ids = inputs.shape[:2], not inputs.is_floating_point()
     inputs, h, weight_ih, weight_hh, bias = (t.contiguous() for t in (inputs, h, weight_ih, weight_hh, bias))
-    _call(
+    call(
         "recurrent_forward", kind, narrow, torch.get_num_threads(), steps, batch, weight_ih.shape[1], h.shape[1],
         None if ids else inputs, inputs if ids else None, h, None if c is None else c.contiguous(), weight_ih,
         weight_hh, bias, outputs, c_last, gates, cells,
@@ -101,7 +110,7 @@ def _recurrent(
     return outputs, c_last, gates, cells
 
 
-@torch.library.register_fake("unrolled::recurrent", lib=_library)
+@torch.library.register_fake("unrolled::recurrent", lib=operators)
 def _recurrent_shapes(
     inputs: Tensor,
     h: Tensor,
@@ -115,13 +124,13 @@ def _recurrent_shapes(
     (steps, batch), (_, hidden) = inputs.shape[:2], h.shape
     blocks = (hidden + 15) // 16
     outputs = h.new_empty(steps, batch, hidden)
-    gates = h.new_empty(steps, batch, blocks, _SLOTS[kind], 16)
+    gates = h.new_empty(steps, batch, blocks, SLOTS[kind], 16)
     if c is None:
         return outputs, h.new_empty(0), gates, h.new_empty(0)
     return outputs, h.new_empty(batch, hidden), gates, h.new_empty(steps, batch, blocks, 16)
 
 
-_library.define(
+operators.define(
     "recurrent_backward("
     "Tensor d_outputs, Tensor? d_c_last, Tensor inputs, Tensor h, Tensor? c, Tensor weight_ih, "
     "Tensor weight_hh, Tensor outputs, Tensor gates, Tensor cells, int kind, bool narrow, "
@@ -130,7 +139,7 @@ _library.define(
 )
 
 
-@torch.library.impl(_library, "recurrent_backward", "CPU")
+@torch.library.impl(operators, "recurrent_backward", "CPU")
 def _recurrent_backward(
     d_outputs: Tensor, d_c_last: Tensor | None, inputs: Tensor, h: Tensor, c: Tensor | None, weight_ih: Tensor,
     weight_hh: Tensor, outputs: Tensor, gates: Tensor, cells: Tensor, kind: int, narrow: bool, wants_inputs: bool
@@ -142,7 +151,7 @@ def _recurrent_backward(
     (steps, batch), ids = inputs.shape[:2], not inputs.is_floating_point()
     inputs, h, weight_ih, weight_hh = (t.contiguous() for t in (inputs, h, weight_ih, weight_hh))
     d_inputs, d_h, d_c, *rest = gradients
-    _call(
+    call(
         "recurrent_backward", kind, narrow, torch.get_num_threads(), steps, batch, weight_ih.shape[1], h.shape[1],
         d_outputs.contiguous(), None if d_c_last is None else d_c_last.contiguous(), None if ids else inputs,
         inputs if ids else None, h, None if c is None else c.contiguous(), weight_ih, weight_hh, outputs, gates, cells,
@@ -151,7 +160,7 @@ def _recurrent_backward(
     return gradients
 
 
-@torch.library.register_fake("unrolled::recurrent_backward", lib=_library)
+@torch.library.register_fake("unrolled::recurrent_backward", lib=operators)
 def _backward_shapes(
     d_outputs: Tensor, d_c_last: Tensor | None, inputs: Tensor, h: Tensor, c: Tensor | None, weight_ih: Tensor,
     weight_hh: Tensor, outputs: Tensor, gates: Tensor, cells: Tensor, kind: int, narrow: bool, wants_inputs: bool
@@ -192,21 +201,21 @@ def _recurrent_gradients(ctx: Any, d_outputs: Tensor | None, d_c_last: Tensor | 
 
 
 torch.library.register_autograd(
-    "unrolled::recurrent", _recurrent_gradients, setup_context=_recurrent_context, lib=_library
+    "unrolled::recurrent", _recurrent_gradients, setup_context=_recurrent_context, lib=operators
 )
 
 
 # ------------------------------------------------------------------------------------------------ decoder and loss
 
 
-_library.define(
+operators.define(
     "decoder_nll("
     "Tensor hidden, Tensor weight, Tensor bias, Tensor targets, bool narrow, bool keep"
     ") -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-@torch.library.impl(_library, "decoder_nll", "CPU")
+@torch.library.impl(operators, "decoder_nll", "CPU")
 def _decoder_nll(
     hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, narrow: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -223,9 +232,9 @@ def _decoder_nll(
         nll (N,) in nats; and for the backward pass shift (N,), sums (N,), exponentials (V, N) padded, or empty.
     """
     (tokens, size), vocabulary, targets = hidden.shape, len(weight), targets.long()
-    _expect((hidden, (tokens, size)), (weight, (vocabulary, size)), (bias, (vocabulary,)), (targets, (tokens,)))
+    expect((hidden, (tokens, size)), (weight, (vocabulary, size)), (bias, (vocabulary,)), (targets, (tokens,)))
     result = nll, shift, sums, exponentials = _decoder_shapes(hidden, weight, bias, targets, narrow, keep)
-    _call(
+    call(
         "decoder_forward", narrow, torch.get_num_threads(), tokens, size, vocabulary, hidden.contiguous(),
         weight.contiguous(), bias.contiguous(), targets.contiguous(), nll, shift, sums,
         exponentials if narrow and keep else None,
@@ -233,7 +242,7 @@ def _decoder_nll(
     return result
 
 
-@torch.library.register_fake("unrolled::decoder_nll", lib=_library)
+@torch.library.register_fake("unrolled::decoder_nll", lib=operators)
 def _decoder_shapes(
     hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, narrow: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -243,7 +252,7 @@ def _decoder_shapes(
     return nll, shift, sums, hidden.new_empty(size, dtype=torch.bfloat16)
 
 
-_library.define(
+operators.define(
     "decoder_nll_backward("
     "Tensor gradient, Tensor hidden, Tensor weight, Tensor bias, Tensor targets, Tensor shift, "
     "Tensor sums, Tensor exponentials, bool narrow"
@@ -251,7 +260,7 @@ _library.define(
 )
 
 
-@torch.library.impl(_library, "decoder_nll_backward", "CPU")
+@torch.library.impl(operators, "decoder_nll_backward", "CPU")
 def _decoder_nll_backward(
     gradient: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, shift: Tensor, sums: Tensor,
     exponentials: Tensor, narrow: bool
@@ -259,7 +268,7 @@ def _decoder_nll_backward(
     """Gradients of `decoder_nll`: of hidden, weight, bias, given that of each target's nll (N,)."""
     gradients = _decoder_backward_shapes(gradient, hidden, weight, bias, targets, shift, sums, exponentials, narrow)
     (tokens, size), vocabulary = hidden.shape, weight.shape[0]
-    _call(
+    call(
         "decoder_backward", narrow, torch.get_num_threads(), tokens, size, vocabulary, gradient.contiguous(),
         hidden.contiguous(), weight.contiguous(), bias.contiguous(), targets.contiguous(), shift, sums,
         exponentials if exponentials.numel() else None, *gradients,
@@ -267,7 +276,7 @@ def _decoder_nll_backward(
     return gradients
 
 
-@torch.library.register_fake("unrolled::decoder_nll_backward", lib=_library)
+@torch.library.register_fake("unrolled::decoder_nll_backward", lib=operators)
 def _decoder_backward_shapes(
     gradient: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, shift: Tensor, sums: Tensor,
     exponentials: Tensor, narrow: bool
@@ -291,7 +300,7 @@ def _decoder_gradients(ctx: Any, gradient: Tensor | None, *unused: Any) -> tuple
 
 
 torch.library.register_autograd(
-    "unrolled::decoder_nll", _decoder_gradients, setup_context=_decoder_context, lib=_library
+    "unrolled::decoder_nll", _decoder_gradients, setup_context=_decoder_context, lib=operators
 )
 
 
@@ -306,14 +315,14 @@ def _sizes(tensors: list[Tensor]) -> Any:
     return (ctypes.c_int64 * len(tensors))(*(tensor.numel() for tensor in tensors))
 
 
-_library.define(
+operators.define(
     "clip_and_descend("
     "Tensor(a!)[] parameters, Tensor[] gradients, Tensor[] others, float max_norm, float rate"
     ") -> Tensor"
 )
 
 
-@torch.library.impl(_library, "clip_and_descend", "CPU")
+@torch.library.impl(operators, "clip_and_descend", "CPU")
 def _clip_and_descend(
     parameters: list[Tensor], gradients: list[Tensor], others: list[Tensor], max_norm: float, rate: float
 ) -> Tensor:
@@ -330,16 +339,16 @@ def _clip_and_descend(
         The global norm before clipping, an f64 scalar. Stretches are summed in f32, their sums in f64.
     """
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        _expect((gradient, tuple(parameter.shape)))
+        expect((gradient, tuple(parameter.shape)))
     dense, norm = [gradient.contiguous() for gradient in (*gradients, *others)], torch.empty((), dtype=torch.float64)
-    _call(
+    call(
         "clip_and_descend", torch.get_num_threads(), len(parameters), len(others), _pointers(parameters),
         _pointers(dense), _sizes(dense), max_norm, rate, norm,
     )  # fmt: skip
     return norm
 
 
-@torch.library.register_fake("unrolled::clip_and_descend", lib=_library)
+@torch.library.register_fake("unrolled::clip_and_descend", lib=operators)
 def _norm_shape(
     parameters: list[Tensor], gradients: list[Tensor], others: list[Tensor], max_norm: float, rate: float
 ) -> Tensor:
@@ -348,18 +357,18 @@ def _norm_shape(
 
 # ------------------------------------------------------------------------------------------------ dropout
 
-_library.define("dropout(Tensor x, float p, int seed) -> Tensor")
+operators.define("dropout(Tensor x, float p, int seed) -> Tensor")
 
 
-@torch.library.impl(_library, "dropout", "CPU")
+@torch.library.impl(operators, "dropout", "CPU")
 def _dropout(x: Tensor, p: float, seed: int) -> Tensor:
     """x with each element zero with probability p, else divided by 1 - p; by a hash of seed and place."""
     x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    _call("dropout", torch.get_num_threads(), x.numel(), int(p * 2**32), 1 / (1 - p), seed, x, y)
+    call("dropout", torch.get_num_threads(), x.numel(), int(p * 2**32), 1 / (1 - p), seed, x, y)
     return y
 
 
-@torch.library.register_fake("unrolled::dropout", lib=_library)
+@torch.library.register_fake("unrolled::dropout", lib=operators)
 def _dropout_shape(x: Tensor, p: float, seed: int) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -372,120 +381,4 @@ def _dropout_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
     return torch.ops.unrolled.dropout(gradient, ctx.p, ctx.seed), None, None
 
 
-torch.library.register_autograd("unrolled::dropout", _dropout_gradient, setup_context=_dropout_context, lib=_library)
-
-
-# ------------------------------------------------------------------------------------------------ one step of a model
-
-_HEADER, _LAYER = 6, 7
-_MOST_LAYERS = 64
-
-
-class Layer(NamedTuple):
-    """A layer as the kernels take it: a kind of `KINDS`; weight_ih (GH, E), weight_hh (GH, H), bias (GH,)."""
-
-    kind: str
-    weights: tuple[Tensor, Tensor, Tensor]
-
-
-def pack(layers: list[Layer], embedding: Tensor | None, weight: Tensor, bias: Tensor, narrow: bool) -> Tensor:
-    """A model's weights laid out for `step`, as bytes; embedding (V, E) where the first layer reads vectors."""
-    itemsize, parts, size = 2 if narrow else 4, [], 8 * (_HEADER + _LAYER * _MOST_LAYERS)
-
-    def place(count: int, bytes_each: int) -> int:
-        nonlocal size
-        at, size = size, size + (count * bytes_each + 63) // 64 * 64
-        return at
-
-    vocabulary, top = weight.shape
-    header = [narrow, len(layers), vocabulary]
-    header += [place(embedding.numel() if embedding is not None else 0, 4)]
-    header += [place((vocabulary + 15) // 16 * 16 * ((top + 31) // 32 * 32), itemsize), place(vocabulary, 4)]
-    for number, layer in enumerate(layers):
-        inputs, hidden = layer.weights[0].shape[1], layer.weights[1].shape[1]
-        kind, slots, one_hot = KINDS[layer.kind], _SLOTS[KINDS[layer.kind]], number == 0 and embedding is None
-        width, panels = (hidden + 15) // 16 * 16 * slots, ctypes.c_int64()
-        _call("layer_size", kind, narrow, one_hot, inputs, hidden, ctypes.addressof(panels))
-        places = place(panels.value, itemsize), place(width, 4), place(inputs * width if one_hot else 0, 4)
-        header += [kind, one_hot, inputs, hidden, *places]
-        parts.append((kind, one_hot, inputs, hidden, layer.weights, places))
-    packed = torch.zeros(size, dtype=torch.uint8)
-    begin = packed.data_ptr()
-    packed[: 8 * len(header)].view(torch.int64).copy_(torch.tensor(header, dtype=torch.int64))
-    _, _, _, at_embedding, at_decoder, at_bias = header[:_HEADER]
-    if embedding is not None:
-        packed[at_embedding:][: 4 * embedding.numel()].view(torch.float32).copy_(embedding.flatten())
-    packed[at_bias:][: 4 * vocabulary].view(torch.float32).copy_(bias)
-    _call("lay_out_decoder", narrow, top, vocabulary, weight.contiguous(), begin + at_decoder)
-    for kind, one_hot, inputs, hidden, weights, places in parts:
-        contiguous = [tensor.contiguous() for tensor in weights]
-        begins = [begin + at for at in places]
-        _call("lay_out_layer", kind, narrow, one_hot, inputs, hidden, *contiguous, *begins)
-    return packed
-
-
-_library.define("step(Tensor packed, Tensor ids, Tensor(a!) state, int vocab_size) -> (Tensor, Tensor)")
-
-
-@torch.library.impl(_library, "step", "CPU")
-def _step(packed: Tensor, ids: Tensor, state: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """One token for each of B streams through a model from `pack`.
-
-    Args:
-        packed: the model.
-        ids: (B,).
-        state: for each layer h (B, H), and for an LSTM c (B, H), flat, one after the other; changed in place.
-        vocab_size: V.
-
-    Returns:
-        logits (B, V to a multiple of 16, the rest -inf) and the logarithm of the sum of their exponentials (B,).
-    """
-    logits, normaliser = _step_shapes(packed, ids, state, vocab_size)
-    ids = ids.long().contiguous()
-    size = state.numel()
-    _call("step_of_model", packed, torch.get_num_threads(), len(ids), ids, state, size, logits, normaliser)
-    return logits, normaliser
-
-
-@torch.library.register_fake("unrolled::step", lib=_library)
-def _step_shapes(packed: Tensor, ids: Tensor, state: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    return state.new_empty(ids.shape[0], (vocab_size + 15) // 16 * 16), state.new_empty(ids.shape[0])
-
-
-_library.define("largest(Tensor values, int k) -> (Tensor, Tensor)")
-
-
-@torch.library.impl(_library, "largest", "CPU")
-def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of values (N,), falling, and their places; those of equal size by rising place."""
-    if not 1 <= k <= len(values):
-        raise ValueError(f"k must be from 1 to {len(values)}, not {k}")
-    found, places = _largest_shapes(values, k)
-    _call("largest_of", len(values), k, values.contiguous(), places, found)
-    return found, places
-
-
-@torch.library.register_fake("unrolled::largest", lib=_library)
-def _largest_shapes(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    return values.new_empty(k), values.new_empty(k, dtype=torch.int64)
-
-
-_library.define("likeliest(Tensor packed, Tensor id, Tensor(a!) state, int k) -> (Tensor, Tensor)")
-
-
-@torch.library.impl(_library, "likeliest", "CPU")
-def likeliest(packed: Tensor, id: Tensor, state: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`step` of one stream, and the k likeliest tokens after it: log-probabilities (k,), falling, and ids (k,).
-
-    Called as it is, it saves the time that PyTorch takes to call an operator, a tenth of the whole.
-    """
-    _expect((id, (1,)))
-    log_probs, ids = torch.empty(k), torch.empty(k, dtype=torch.int64)
-    id = id.long()
-    _call("likeliest_of_model", packed, torch.get_num_threads(), id, state, state.numel(), k, ids, log_probs)
-    return log_probs, ids
-
-
-@torch.library.register_fake("unrolled::likeliest", lib=_library)
-def _likeliest_shapes(packed: Tensor, id: Tensor, state: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    return state.new_empty(k), state.new_empty(k, dtype=torch.int64)
+torch.library.register_autograd("unrolled::dropout", _dropout_gradient, setup_context=_dropout_context, lib=operators)

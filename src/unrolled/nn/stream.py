@@ -5,7 +5,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from unrolled.kernels import ops
+from unrolled.kernels import ops, step
 from unrolled.nn.model import LanguageModel
 from unrolled.nn.unroll import LayerStates, kernel_layer
 
@@ -35,7 +35,7 @@ class Stream:
         ):
             embedding = model.embedding.weight if isinstance(model.embedding, nn.Embedding) else None
             narrow = torch.is_autocast_enabled("cpu")
-            self._packed = ops.pack(layers, embedding, decoder.weight, decoder.bias, narrow)
+            self._packed = step.pack(layers, embedding, decoder.weight, decoder.bias, narrow)
         self.states = states
 
     @torch.inference_mode()
@@ -71,7 +71,7 @@ class Stream:
         """ids (1,) -> the k largest log-probabilities of what follows, falling, and the ids that have them."""
         if self._packed is None:
             return self._read_plain(ids)[0].topk(k)
-        return ops.likeliest(self._packed, ids, self._state, k)
+        return step.likeliest(self._packed, ids, self._state, k)
 
     def _read_plain(self, ids: Tensor) -> Tensor:
         """The oracle of `read`."""

@@ -1,0 +1,117 @@
+"""One step of a whole model, as PyTorch operators: for those who read token by token.
+
+The plain twin is the model itself, see `nn.stream.Stream`.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from unrolled.kernels.ops import KINDS, SLOTS, Layer, call, expect, operators
+
+_HEADER, _LAYER = 6, 7
+_MOST_LAYERS = 64
+
+
+def pack(layers: list[Layer], embedding: Tensor | None, weight: Tensor, bias: Tensor, narrow: bool) -> Tensor:
+    """A model's weights laid out for `step`, as bytes; embedding (V, E) where the first layer reads vectors."""
+    itemsize, parts, size = 2 if narrow else 4, [], 8 * (_HEADER + _LAYER * _MOST_LAYERS)
+
+    def place(count: int, bytes_each: int) -> int:
+        nonlocal size
+        at, size = size, size + (count * bytes_each + 63) // 64 * 64
+        return at
+
+    vocabulary, top = weight.shape
+    header = [narrow, len(layers), vocabulary]
+    header += [place(embedding.numel() if embedding is not None else 0, 4)]
+    header += [place((vocabulary + 15) // 16 * 16 * ((top + 31) // 32 * 32), itemsize), place(vocabulary, 4)]
+    for number, layer in enumerate(layers):
+        inputs, hidden = layer.weights[0].shape[1], layer.weights[1].shape[1]
+        kind, slots, one_hot = KINDS[layer.kind], SLOTS[KINDS[layer.kind]], number == 0 and embedding is None
+        width, panels = (hidden + 15) // 16 * 16 * slots, ctypes.c_int64()
+        call("layer_size", kind, narrow, one_hot, inputs, hidden, ctypes.addressof(panels))
+        places = place(panels.value, itemsize), place(width, 4), place(inputs * width if one_hot else 0, 4)
+        header += [kind, one_hot, inputs, hidden, *places]
+        parts.append((kind, one_hot, inputs, hidden, layer.weights, places))
+    packed = torch.zeros(size, dtype=torch.uint8)
+    begin = packed.data_ptr()
+    packed[: 8 * len(header)].view(torch.int64).copy_(torch.tensor(header, dtype=torch.int64))
+    _, _, _, at_embedding, at_decoder, at_bias = header[:_HEADER]
+    if embedding is not None:
+        packed[at_embedding:][: 4 * embedding.numel()].view(torch.float32).copy_(embedding.flatten())
+    packed[at_bias:][: 4 * vocabulary].view(torch.float32).copy_(bias)
+    call("lay_out_decoder", narrow, top, vocabulary, weight.contiguous(), begin + at_decoder)
+    for kind, one_hot, inputs, hidden, weights, places in parts:
+        contiguous = [tensor.contiguous() for tensor in weights]
+        begins = [begin + at for at in places]
+        call("lay_out_layer", kind, narrow, one_hot, inputs, hidden, *contiguous, *begins)
+    return packed
+
+
+operators.define("step(Tensor packed, Tensor ids, Tensor(a!) state, int vocab_size) -> (Tensor, Tensor)")
+
+
+@torch.library.impl(operators, "step", "CPU")
+def _step(packed: Tensor, ids: Tensor, state: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """One token for each of B streams through a model from `pack`.
+
+    Args:
+        packed: the model.
+        ids: (B,).
+        state: for each layer h (B, H), and for an LSTM c (B, H), flat, one after the other; changed in place.
+        vocab_size: V.
+
+    Returns:
+        logits (B, V to a multiple of 16, the rest -inf) and the logarithm of the sum of their exponentials (B,).
+    """
+    logits, normaliser = _step_shapes(packed, ids, state, vocab_size)
+    ids = ids.long().contiguous()
+    size = state.numel()
+    call("step_of_model", packed, torch.get_num_threads(), len(ids), ids, state, size, logits, normaliser)
+    return logits, normaliser
+
+
+@torch.library.register_fake("unrolled::step", lib=operators)
+def _step_shapes(packed: Tensor, ids: Tensor, state: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    return state.new_empty(ids.shape[0], (vocab_size + 15) // 16 * 16), state.new_empty(ids.shape[0])
+
+
+operators.define("largest(Tensor values, int k) -> (Tensor, Tensor)")
+
+
+@torch.library.impl(operators, "largest", "CPU")
+def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of values (N,), falling, and their places; those of equal size by rising place."""
+    if not 1 <= k <= len(values):
+        raise ValueError(f"k must be from 1 to {len(values)}, not {k}")
+    found, places = _largest_shapes(values, k)
+    call("largest_of", len(values), k, values.contiguous(), places, found)
+    return found, places
+
+
+@torch.library.register_fake("unrolled::largest", lib=operators)
+def _largest_shapes(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return values.new_empty(k), values.new_empty(k, dtype=torch.int64)
+
+
+operators.define("likeliest(Tensor packed, Tensor id, Tensor(a!) state, int k) -> (Tensor, Tensor)")
+
+
+@torch.library.impl(operators, "likeliest", "CPU")
+def likeliest(packed: Tensor, id: Tensor, state: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`step` of one stream, and the k likeliest tokens after it: log-probabilities (k,), falling, and ids (k,).
+
+    Called as it is, it saves the time that PyTorch takes to call an operator, a tenth of the whole.
+    """
+    expect((id, (1,)))
+    log_probs, ids = torch.empty(k), torch.empty(k, dtype=torch.int64)
+    id = id.long()
+    call("likeliest_of_model", packed, torch.get_num_threads(), id, state, state.numel(), k, ids, log_probs)
+    return log_probs, ids
+
+
+@torch.library.register_fake("unrolled::likeliest", lib=operators)
+def _likeliest_shapes(packed: Tensor, id: Tensor, state: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return state.new_empty(k), state.new_empty(k, dtype=torch.int64)

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 from hypothesis import given
-from hypothesis.strategies import floats, integers
+from hypothesis.strategies import floats, integers, sampled_from
 from torch import nn
 
 from unrolled.kernels import build
-from unrolled.nn.loss import bits_per, decoder_loss, loss, loss_plain, perplexity
+from unrolled.nn.loss import bits_per, decoder_loss, loss, loss_plain, perplexity, token_nll_plain
 
 
 @given(T=integers(1, 9), B=integers(1, 7), V=integers(1, 50), scale=floats(0.01, 1e4))
@@ -40,6 +40,42 @@ def test_very_many_logits_are_made_in_parts(bf16: bool, monkeypatch: pytest.Monk
             assert count == 15
     for whole, parts in zip(*results, strict=True):
         torch.testing.assert_close(parts, whole, rtol=1e-2 if bf16 else 1e-5, atol=1e-2 if bf16 else 1e-6)
+
+
+@given(
+    tokens=integers(1, 40),
+    hidden_size=integers(1, 70),
+    vocab_size=integers(256, 900),
+    scale=sampled_from([0.1, 1.0, 3.0]),
+    seed=integers(0, 1000),
+)
+def test_in_bf16_without_kernels_it_is_the_plain_one(
+    tokens: int, hidden_size: int, vocab_size: int, scale: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    hidden, decoder = torch.randn(tokens, hidden_size) * scale, nn.Linear(hidden_size, vocab_size)
+    targets, results = torch.randint(vocab_size, (tokens,)), []
+    for plain in (True, False):
+        leaf = hidden.clone().requires_grad_()
+        with build.switched_off(), torch.autocast("cpu", torch.bfloat16, enabled=not plain):
+            nll = token_nll_plain(leaf, decoder, targets).sum() if plain else decoder_loss(leaf, decoder, targets)[0]
+        results.append([nll, *torch.autograd.grad(nll / 3, [leaf, *decoder.parameters()])])
+    for plain, narrow in zip(*results, strict=True):
+        assert (narrow - plain).norm() <= 0.01 * plain.norm()
+
+
+@pytest.mark.parametrize("size", [1e2, 1e4])
+def test_in_bf16_without_kernels_no_logits_are_too_large(size: float) -> None:
+    decoder, targets = nn.Linear(1, 300), torch.tensor([299, 299, 0, 5])
+    with torch.no_grad():
+        decoder.weight.copy_(torch.linspace(-size, size, 300).unsqueeze(1))
+        decoder.bias.zero_()
+    hidden = torch.tensor([[1.0], [-1.0], [1.0], [0.0]], requires_grad=True)
+    with build.switched_off(), torch.autocast("cpu", torch.bfloat16):
+        nll, _ = decoder_loss(hidden, decoder, targets)
+    assert nll.item() == pytest.approx(4 * size + math.log(300), rel=0.01)
+    for gradient in torch.autograd.grad(nll, [hidden, *decoder.parameters()]):
+        assert gradient.isfinite().all()
 
 
 def test_logits_of_ten_thousand_are_no_overflow() -> None:

@@ -24,12 +24,22 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        if not ops.serves(x):
+        if x.device.type != "cpu":
             return F.dropout(x, self.p)
+        if not ops.serves(x):
+            return x * _mask(x, self.p)
         return torch.ops.unrolled.dropout(x, self.p, int(torch.randint(1 << 62, ())))
 
     def extra_repr(self) -> str:
         return f"{self.p:g}"
+
+
+def _mask(x: Tensor, p: float) -> Tensor:
+    """0 or 1 / (1 - p) for each, p to the nearest 65536th: two from one number of the generator, whose own way to ask
+    for a coin, `F.dropout`'s, takes ten times as long."""
+    kept = min(max(round((1 - p) * 65536), 1), 65536)
+    draws = torch.randint(-(1 << 31), 1 << 31, ((x.numel() + 1) // 2,), dtype=torch.int32).view(torch.int16)
+    return (draws[: x.numel()] < kept - 32768).to(x.dtype).mul_(65536 / kept).view_as(x)
 
 
 def dropout_plain(x: Tensor, p: float, seed: int) -> Tensor:

@@ -12,7 +12,7 @@ from unrolled.kernels import ops
 
 _FEW_WORDS = 256
 _MOST_LOGITS = 1 << 27
-_MOST_APART = 60.0
+_FAST_DEPTH, _SUMMED = 32, 256
 
 
 def loss_plain(logits: Tensor, targets: Tensor) -> tuple[Tensor, int]:
@@ -62,8 +62,8 @@ def decoder_loss(hidden: Tensor, decoder: nn.Module, targets: Tensor) -> tuple[T
 
 
 def _loss_at_once(hidden: Tensor, decoder: nn.Module, targets: Tensor) -> Tensor:
-    if _is_large(decoder) and torch.is_autocast_enabled(hidden.device.type):
-        return _NarrowDecoder.apply(hidden, decoder.weight, decoder.bias, targets).sum()
+    if _is_narrow(decoder, hidden):
+        return token_nll(hidden, decoder, targets).sum()
     with torch.autocast(hidden.device.type, enabled=False):
         return loss(decoder(hidden.float()), targets)[0]
 
@@ -77,6 +77,10 @@ def _is_large(decoder: nn.Module) -> TypeGuard[nn.Linear]:
     return isinstance(decoder, nn.Linear) and decoder.out_features >= _FEW_WORDS
 
 
+def _is_narrow(decoder: nn.Module, hidden: Tensor) -> TypeGuard[nn.Linear]:
+    return _is_large(decoder) and torch.is_autocast_enabled(hidden.device.type)
+
+
 def token_nll_plain(hidden: Tensor, decoder: nn.Module, targets: Tensor) -> Tensor:
     """The oracle of `token_nll`."""
     return -decoder(hidden).float().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
@@ -85,6 +89,9 @@ def token_nll_plain(hidden: Tensor, decoder: nn.Module, targets: Tensor) -> Tens
 def token_nll(hidden: Tensor, decoder: nn.Module, targets: Tensor) -> Tensor:
     """Each target's negative log-likelihood in nats, in the shape of `targets`; the arguments are `decoder_loss`'s."""
     if not _kernel_pays(decoder):
+        if _is_narrow(decoder, hidden):
+            nll = _NarrowDecoder.apply(hidden.flatten(0, -2), decoder.weight, decoder.bias, targets.flatten())
+            return nll.view_as(targets)
         with torch.autocast(hidden.device.type, enabled=False):
             return token_nll_plain(hidden.float(), decoder, targets)
     narrow, keep = torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()
@@ -118,32 +125,52 @@ class _NarrowDecoder(torch.autograd.Function):
     """`token_nll` in bf16 on PyTorch alone: one array of logits, raised to e in place and kept for the backward pass.
 
     A token's exponentials are relative to its target's logit, so their sum is at least about one and its logarithm is
-    the cost; where that would leave the range of a float, to the largest.
+    the cost; only where that leaves the range of a float, relative to the largest. Bias and target's logit are columns
+    of the one product, [hidden, 1, -logit] by [weight, bias, 1], which then has the bias's gradient too.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
-        narrow_hidden, narrow_weight = hidden.bfloat16(), weight.detach().bfloat16()
-        logits = torch.addmm(bias.bfloat16(), narrow_hidden, narrow_weight.T)  # (N, V)
-        target = logits.gather(-1, targets.unsqueeze(-1))
-        largest = logits.amax(-1, keepdim=True)
-        shift = torch.where(largest - target < _MOST_APART, target, largest)
-        exponentials = logits.sub_(shift).exp_()
-        sums = exponentials.sum(-1, keepdim=True, dtype=torch.float32)
+        size = hidden.shape[1]
+        columns = math.ceil((size + 2) / _FAST_DEPTH) * _FAST_DEPTH
+        narrow_hidden, narrow_weight = (
+            each.new_zeros(len(each), columns, dtype=torch.bfloat16) for each in (hidden, weight)
+        )
+        narrow_weight[:, :size], narrow_weight[:, size], narrow_weight[:, size + 1] = weight, bias, 1
+        narrow_hidden[:, :size], narrow_hidden[:, size] = hidden, 1
+        target = (narrow_hidden.float() * narrow_weight[targets]).sum(-1, keepdim=True)
+        narrow_hidden[:, size + 1] = -target.squeeze(-1)
+        shift = -narrow_hidden[:, size + 1].float().unsqueeze(-1)
+        exponentials = (narrow_hidden @ narrow_weight.T).exp_()  # (N, V)
+        sums = _sums_of_rows(exponentials)
+        if not sums.isfinite().all():
+            logits = narrow_hidden @ narrow_weight.T
+            largest = logits.amax(-1, keepdim=True)
+            shift, exponentials = shift + largest, logits.sub_(largest).exp_()
+            sums = _sums_of_rows(exponentials)
         ctx.save_for_backward(narrow_hidden, narrow_weight, targets, exponentials, sums)
+        ctx.size = size
         return (sums.log() + (shift - target)).squeeze(-1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         hidden, weight, targets, exponentials, sums = ctx.saved_tensors
-        gradient = gradients[0].unsqueeze(-1)
+        gradient, size = gradients[0].unsqueeze(-1), ctx.size
         factor = gradient / sums
-        d_hidden = (exponentials @ weight).float().mul_(factor).sub_(gradient * weight[targets])
-        d_weight = (exponentials.T @ (hidden * factor).bfloat16()).float()
-        d_weight.index_add_(0, targets, hidden * gradient, alpha=-1)
-        d_bias = (factor.T.bfloat16() @ exponentials).float().squeeze(0)
+        d_hidden = (exponentials @ weight)[:, :size] * factor
+        d_hidden -= gradient * weight[targets, :size]
+        d_columns = exponentials.T @ (hidden * factor).bfloat16()
+        d_weight, d_bias = d_columns[:, :size].float(), d_columns[:, size].float()
+        d_weight.index_add_(0, targets, hidden[:, :size] * gradient, alpha=-1)
         d_bias.index_add_(0, targets, gradient.squeeze(-1), alpha=-1)
         return d_hidden, d_weight, d_bias, None
+
+
+def _sums_of_rows(x: Tensor) -> Tensor:
+    """x (N, V) in bf16 -> (N, 1) in f32, without x in f32: sums of a few hundred at a time, each rounded to bf16."""
+    whole = x.shape[1] // _SUMMED * _SUMMED
+    sums = x[:, :whole].unflatten(-1, (-1, _SUMMED)).sum(-1).sum(-1, keepdim=True, dtype=torch.float32)
+    return sums + x[:, whole:].sum(-1, keepdim=True, dtype=torch.float32)
 
 
 def perplexity(nll_nats: float, tokens: int) -> float:

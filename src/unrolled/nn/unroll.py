@@ -110,5 +110,6 @@ def unroll(cell: Cell, inputs: Tensor, state: State) -> tuple[Tensor, State]:
     known = isinstance(cell, LSTM | GRU | Elman)
     if known and ops.serves(cell.weight_hh):
         return unroll_native(cell, inputs, state)
-    outputs, after = (unroll_fused if known and inputs.is_floating_point() else unroll_projected)(cell, inputs, state)
+    fused = known and inputs.is_floating_point() and len(inputs) > 1  # for one step oneDNN takes twice the time
+    outputs, after = (unroll_fused if fused else unroll_projected)(cell, inputs, state)
     return outputs, tuple(part.to(was.dtype) for part, was in zip(after, state, strict=True))  # what is carried is f32

@@ -19,7 +19,7 @@ def test_the_loss_is_the_plain_one(T: int, B: int, V: int, scale: float) -> None
     results = []
     for way in (loss_plain, loss):
         logits = values.clone().requires_grad_()
-        nll_nats, count = way(logits * 1.0, targets)
+        nll_nats, count = way(logits, targets)
         assert count == T * B
         (gradient,) = torch.autograd.grad(nll_nats / 3, logits)
         results.append((nll_nats, gradient))
@@ -81,7 +81,7 @@ def test_in_bf16_without_kernels_no_logits_are_too_large(size: float) -> None:
 def test_logits_of_ten_thousand_are_no_overflow() -> None:
     logits = torch.tensor([[[1e4, -1e4, 0.0]]], requires_grad=True)
     for target, expected in ((0, 0.0), (1, 2e4), (2, 1e4)):
-        nll_nats, _ = loss(logits * 1.0, torch.tensor([[target]]))
+        nll_nats, _ = loss(logits, torch.tensor([[target]]))
         assert nll_nats.item() == expected
         (gradient,) = torch.autograd.grad(nll_nats, logits)
         assert gradient.isfinite().all()
@@ -89,7 +89,7 @@ def test_logits_of_ten_thousand_are_no_overflow() -> None:
 
 def test_a_second_backward_is_an_error_and_not_a_wrong_gradient() -> None:
     logits = torch.randn(2, 3, 4, requires_grad=True)
-    nll_nats, _ = loss(logits * 1.0, torch.zeros(2, 3, dtype=torch.int64))
+    nll_nats, _ = loss(logits, torch.zeros(2, 3, dtype=torch.int64))
     nll_nats.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         nll_nats.backward()

@@ -24,8 +24,8 @@ def loss_plain(logits: Tensor, targets: Tensor) -> tuple[Tensor, int]:
 def loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, int]:
     """Negative log-likelihood of the targets, summed over time and streams, in nats.
 
-    The gradient is written into the memory of `logits`, so after `backward` the logits are gone, and a second
-    `backward` is an error. That saves the two largest arrays of a step.
+    The gradient is written into the memory of the log-probabilities, so a second `backward` is an error. That saves the
+    largest array of a step.
 
     Args:
         logits: (T, B, V), any finite values; the maximum is taken out before anything is raised to e.
@@ -107,17 +107,18 @@ class _SummedNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        normaliser = torch.logsumexp(logits.float(), dim=-1, keepdim=True)
-        ctx.save_for_backward(logits, normaliser, targets.unsqueeze(-1))
-        return (normaliser - logits.gather(-1, targets.unsqueeze(-1))).sum()
+        log_probs = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        ctx.save_for_backward(log_probs, targets.unsqueeze(-1))
+        ctx.dtype = logits.dtype
+        return -log_probs.gather(-1, targets.unsqueeze(-1)).sum()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        logits, normaliser, targets = ctx.saved_tensors
+        log_probs, targets = ctx.saved_tensors
         (gradient,) = gradients
-        probabilities = logits.sub_(normaliser).exp_()
+        probabilities = log_probs.exp_()
         probabilities.scatter_add_(-1, targets, probabilities.new_full((), -1.0).expand(targets.shape))
-        return probabilities.mul_(gradient), None
+        return probabilities.mul_(gradient).to(ctx.dtype), None
 
 
 @final

@@ -256,6 +256,21 @@ def test_a_packed_model_reads_as_the_model_does(
             )
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_what_is_remembered_of_a_token_is_what_it_was(narrow: bool, workers: int) -> None:
+    """Tokens that come again, and others that take their place, are read as by a stream that has seen none of them."""
+    torch.manual_seed(0)
+    model = LanguageModel(2500, 20, [70, 17], init_scale=0.5).eval()
+    with threads(workers), torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+        stream = Stream(model, model.initial_state(1))
+        for number in (3, 3, 1027, 3, 2051, 1027, 0, 1024, 0):
+            fresh = Stream(model, stream.states)
+            id = torch.tensor([number])
+            assert torch.equal(stream.read(id), fresh.read(id))
+            assert all(torch.equal(a, b) for a, b in zip(stream.states[0], fresh.states[0], strict=True))
+
+
 def test_the_likeliest_are_the_largest_log_probabilities() -> None:
     torch.manual_seed(0)
     model = LanguageModel(1003, 20, [24, 17], init_scale=0.5).eval()
@@ -268,13 +283,16 @@ def test_the_likeliest_are_the_largest_log_probabilities() -> None:
 
 
 @given(size=integers(1, 200), seed=integers(0, 100), few=booleans())
-def test_the_largest_are_found_in_order(size: int, seed: int, few: bool) -> None:
+def test_the_likeliest_are_found_in_order_and_equal_ones_by_their_ids(size: int, seed: int, few: bool) -> None:
     torch.manual_seed(seed)
-    values = torch.randint(3, (size,)).float() if few else torch.randn(size)
-    k = 1 + seed % size
-    found, places = torch.ops.unrolled.largest(values, k)
-    expected = values.sort(descending=True, stable=True)
-    assert torch.equal(found, expected.values[:k])
+    model, k = LanguageModel(size, 3, [5]).eval(), 1 + seed % size
+    bias = torch.randint(3, (size,)).float() if few else torch.randn(size)
+    with torch.no_grad():
+        model.get_parameter("decoder.weight").zero_()
+        model.get_parameter("decoder.bias").copy_(bias)
+    found, places = Stream(model, model.initial_state(1)).likeliest(torch.tensor([0]), k)
+    expected = bias.log_softmax(-1).sort(descending=True, stable=True)
+    torch.testing.assert_close(found, expected.values[:k])
     assert torch.equal(places, expected.indices[:k])
 
 
@@ -295,7 +313,6 @@ def test_the_operators_keep_to_pytorchs_rules() -> None:
         (names.decoder_nll, (leaf(6, 7), leaf(11, 7), leaf(11), torch.randint(11, (6,)), False, True)),
         (names.dropout, (leaf(3, 4), 0.5, 7)),
         (names.clip_and_descend, ([torch.randn(3)], [torch.randn(3)], [torch.randn(2, 2)], 5.0, 0.1)),
-        (names.largest, (torch.randn(20), 3)),
         (names.step, (packed, torch.tensor([3, 4]), torch.zeros(2 * 7 * 2), 30)),
         (names.likeliest, (packed, torch.tensor([3]), torch.zeros(7 * 2), 5)),
     ]
@@ -334,8 +351,11 @@ def test_what_a_caller_gets_wrong_is_an_error_and_no_crash() -> None:
             model.nll(inputs, targets, model.initial_state(2))
     with pytest.raises(ValueError, match="expects f32 or ids of shape"):
         model.nll(ids, ids, model.initial_state(3))
-    narrow_ids, _, _ = model.nll(ids.int(), ids.int(), model.initial_state(2))
-    torch.testing.assert_close(narrow_ids, model.nll(ids, ids, model.initial_state(2))[0])
+    results = []
+    for given_ids in (ids, ids.int()):
+        nll, _, _ = model.nll(given_ids, given_ids, model.initial_state(2))
+        results.append([nll, *torch.autograd.grad(nll, list(model.parameters()))])
+    torch.testing.assert_close(results[1], results[0])
     stream = Stream(model.eval(), model.initial_state(1))
     for k in (0, 301):
         with pytest.raises(ValueError, match="k must be at least 1"):
@@ -351,5 +371,5 @@ def test_what_a_caller_gets_wrong_is_an_error_and_no_crash() -> None:
 
 def test_without_kernels_an_operator_says_what_is_missing() -> None:
     with build.switched_off(), pytest.raises(RuntimeError, match="unrolled kernels build"):
-        torch.ops.unrolled.largest(torch.zeros(3), 1)
+        torch.ops.unrolled.dropout(torch.zeros(3), 0.5, 1)
     assert ops.serves(torch.zeros(3))

@@ -179,7 +179,6 @@ SIGNATURES = {
     "lay_out_layer": "iiiqq" + "p" * 6,
     "lay_out_decoder": "iqqpp",
     "step_of_model": "piqppqpp",
-    "largest_of": "qqppp",
     "likeliest_of_model": "pippqqpp",
 }
 _TYPES = {"i": ctypes.c_int, "q": ctypes.c_int64, "p": ctypes.c_void_p, "f": ctypes.c_float, "d": ctypes.c_double}

@@ -58,6 +58,11 @@ def expect(*pairs: tuple[Tensor | None, tuple[int, ...]]) -> None:
             raise ValueError(f"a kernel expects f32 or ids of shape {shape}, not {tensor.dtype} {tuple(tensor.shape)}")
 
 
+def _as_int64(ids: Tensor) -> Tensor:
+    """`ids.long()`, and never a node of the graph where nothing changes, which an operator may not return."""
+    return ids if ids.dtype == torch.int64 else ids.long()
+
+
 # ------------------------------------------------------------------------------------------------ a recurrent layer
 
 
@@ -94,7 +99,7 @@ def _recurrent(
         outputs (T, B, H); the last cells (B, H), empty but for an LSTM; and for the backward pass the gates
         (T, B, U, S, 16) and cells (T, B, U, 16), units in U blocks of 16.
     """
-    inputs = inputs if inputs.is_floating_point() else inputs.long()
+    inputs = inputs if inputs.is_floating_point() else _as_int64(inputs)
     (batch, size), gates_size = h.shape, _GATES[kind] * h.shape[1]
     shape = (*inputs.shape[:2], weight_ih.shape[1])[: 3 if inputs.is_floating_point() else 2]
     expect((inputs, shape), (h, (inputs.shape[1], size)), (c, (batch, size)), (bias, (gates_size,)))
@@ -183,6 +188,7 @@ def _backward_shapes(
 def _recurrent_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, h, c, weight_ih, weight_hh, _, ctx.kind, ctx.narrow = inputs
     outputs, _, gates, cells = output
+    x = x if x.is_floating_point() else _as_int64(x)
     ctx.save_for_backward(x, h, c, weight_ih, weight_hh, outputs, gates, cells)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(gates, cells)
@@ -231,7 +237,7 @@ def _decoder_nll(
     Returns:
         nll (N,) in nats; and for the backward pass shift (N,), sums (N,), exponentials (V, N) padded, or empty.
     """
-    (tokens, size), vocabulary, targets = hidden.shape, len(weight), targets.long()
+    (tokens, size), vocabulary, targets = hidden.shape, len(weight), _as_int64(targets)
     expect((hidden, (tokens, size)), (weight, (vocabulary, size)), (bias, (vocabulary,)), (targets, (tokens,)))
     result = nll, shift, sums, exponentials = _decoder_shapes(hidden, weight, bias, targets, narrow, keep)
     call(
@@ -288,7 +294,7 @@ def _decoder_backward_shapes(
 def _decoder_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, targets, ctx.narrow, _ = inputs
     _, shift, sums, exponentials = output
-    ctx.save_for_backward(hidden, weight, bias, targets, shift, sums, exponentials)
+    ctx.save_for_backward(hidden, weight, bias, _as_int64(targets), shift, sums, exponentials)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(shift, sums, exponentials)
 

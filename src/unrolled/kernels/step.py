@@ -10,12 +10,20 @@ from torch import Tensor
 
 from unrolled.kernels.ops import KINDS, SLOTS, Layer, call, expect, operators
 
-_HEADER, _LAYER = 6, 7
+_HEADER, _LAYER = 8, 7
 _MOST_LAYERS = 64
+_REMEMBERED = 1024
+"""Tokens whose product with the first layer's weights is kept, each in the place of its id modulo this."""
 
 
-def pack(layers: list[Layer], embedding: Tensor | None, weight: Tensor, bias: Tensor, narrow: bool) -> Tensor:
-    """A model's weights laid out for `step`, as bytes; embedding (V, E) where the first layer reads vectors."""
+def pack(
+    layers: list[Layer], embedding: Tensor | None, weight: Tensor, bias: Tensor, narrow: bool, remembers: bool = False
+) -> Tensor:
+    """A model's weights laid out for `step`, as bytes; embedding (V, E) where the first layer reads vectors.
+
+    With `remembers` there is room beside them for what the first layer makes of a token, which need not be computed
+    again when a single stream comes to it again; the bytes are then those of one reader at a time.
+    """
     itemsize, parts, size = 2 if narrow else 4, [], 8 * (_HEADER + _LAYER * _MOST_LAYERS)
 
     def place(count: int, bytes_each: int) -> int:
@@ -27,18 +35,21 @@ def pack(layers: list[Layer], embedding: Tensor | None, weight: Tensor, bias: Te
     header = [narrow, len(layers), vocabulary]
     header += [place(embedding.numel() if embedding is not None else 0, 4)]
     header += [place((vocabulary + 15) // 16 * 16 * ((top + 31) // 32 * 32), itemsize), place(vocabulary, 4)]
+    remembered = min(vocabulary, _REMEMBERED) if remembers and embedding is not None else 0
+    header += [place(remembered, 8), remembered]
     for number, layer in enumerate(layers):
         inputs, hidden = layer.weights[0].shape[1], layer.weights[1].shape[1]
         kind, slots, one_hot = KINDS[layer.kind], SLOTS[KINDS[layer.kind]], number == 0 and embedding is None
         width, panels = (hidden + 15) // 16 * 16 * slots, ctypes.c_int64()
         call("layer_size", kind, narrow, one_hot, inputs, hidden, ctypes.addressof(panels))
-        places = place(panels.value, itemsize), place(width, 4), place(inputs * width if one_hot else 0, 4)
+        rows = inputs if one_hot else remembered if number == 0 else 0
+        places = place(panels.value, itemsize), place(width, 4), place(rows * width, 4)
         header += [kind, one_hot, inputs, hidden, *places]
         parts.append((kind, one_hot, inputs, hidden, layer.weights, places))
     packed = torch.zeros(size, dtype=torch.uint8)
     begin = packed.data_ptr()
     packed[: 8 * len(header)].view(torch.int64).copy_(torch.tensor(header, dtype=torch.int64))
-    _, _, _, at_embedding, at_decoder, at_bias = header[:_HEADER]
+    at_embedding, at_decoder, at_bias = header[3:6]
     if embedding is not None:
         packed[at_embedding:][: 4 * embedding.numel()].view(torch.float32).copy_(embedding.flatten())
     packed[at_bias:][: 4 * vocabulary].view(torch.float32).copy_(bias)
@@ -50,7 +61,7 @@ def pack(layers: list[Layer], embedding: Tensor | None, weight: Tensor, bias: Te
     return packed
 
 
-operators.define("step(Tensor packed, Tensor ids, Tensor(a!) state, int vocab_size) -> (Tensor, Tensor)")
+operators.define("step(Tensor(a!) packed, Tensor ids, Tensor(b!) state, int vocab_size) -> (Tensor, Tensor)")
 
 
 @torch.library.impl(operators, "step", "CPU")
@@ -78,25 +89,7 @@ def _step_shapes(packed: Tensor, ids: Tensor, state: Tensor, vocab_size: int) ->
     return state.new_empty(ids.shape[0], (vocab_size + 15) // 16 * 16), state.new_empty(ids.shape[0])
 
 
-operators.define("largest(Tensor values, int k) -> (Tensor, Tensor)")
-
-
-@torch.library.impl(operators, "largest", "CPU")
-def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of values (N,), falling, and their places; those of equal size by rising place."""
-    if not 1 <= k <= len(values):
-        raise ValueError(f"k must be from 1 to {len(values)}, not {k}")
-    found, places = _largest_shapes(values, k)
-    call("largest_of", len(values), k, values.contiguous(), places, found)
-    return found, places
-
-
-@torch.library.register_fake("unrolled::largest", lib=operators)
-def _largest_shapes(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    return values.new_empty(k), values.new_empty(k, dtype=torch.int64)
-
-
-operators.define("likeliest(Tensor packed, Tensor id, Tensor(a!) state, int k) -> (Tensor, Tensor)")
+operators.define("likeliest(Tensor(a!) packed, Tensor id, Tensor(b!) state, int k) -> (Tensor, Tensor)")
 
 
 @torch.library.impl(operators, "likeliest", "CPU")

@@ -35,7 +35,8 @@ class Stream:
         ):
             embedding = model.embedding.weight if isinstance(model.embedding, nn.Embedding) else None
             narrow = torch.is_autocast_enabled("cpu")
-            self._packed = step.pack(layers, embedding, decoder.weight, decoder.bias, narrow)
+            alone = len(states[0][0]) == 1
+            self._packed = step.pack(layers, embedding, decoder.weight, decoder.bias, narrow, remembers=alone)
         self.states = states
 
     @torch.inference_mode()

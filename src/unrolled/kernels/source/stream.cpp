@@ -1,6 +1,8 @@
 // One step of a whole model for one or few streams: weights laid out once, then read from end to end for each token.
 //
 // A layer multiplies [input, hidden layer before] by one matrix; where its inputs are one-hot it adds a row of a table.
+// For a single stream the first layer's product with a token's vector is remembered, as words come again and again: then
+// that part of the matrix need not be read.
 #include <cmath>
 
 #include "cells.h"
@@ -10,9 +12,11 @@ struct Layer {
     int64_t inputs, hidden;
     const void* panels;   // (U, S, K / G, 16, G), K: input and hidden layer
     const float* biases;  // (U, S, 16)
-    const float* table;   // (inputs, U, S, 16) where inputs are one-hot
+    float* table;         // (inputs, U, S, 16) where inputs are one-hot; (slots, U, S, 16) of what is remembered
     float* h;             // (B, H), read and written
     float* c;             // (B, H), an LSTM's
+    int64_t* known;       // (slots) the id in each, from 1
+    int64_t slots;
 };
 
 template <class T> static int64_t input_depth(const Layer& layer) { return layer.one_hot ? 0 : padded<T>(layer.inputs); }
@@ -55,12 +59,22 @@ static void advance(
     const int64_t K = depth<T>(layer), first = own.begin * S * PANEL, width = panels(layer.hidden) * S * PANEL;
     const int64_t own_width = (own.end - own.begin) * S * PANEL;
     if (!own_width) return;
+    const T* weights = static_cast<const T*>(layer.panels) + first * K;
+    const bool remembers = layer.slots && batch == 1;
+    const int64_t done = remembers ? input_depth<T>(layer) : 0;
     if (layer.one_hot)
         for (int64_t b = 0; b < batch; ++b)
             std::memcpy(products + b * width + first, layer.table + ids[b] * width + first, own_width * sizeof(float));
+    if (remembers) {
+        const int64_t slot = *ids % layer.slots;
+        float* remembered = layer.table + slot * width + first;
+        if (layer.known[slot] != *ids + 1)
+            multiply<T>(tiles, 1, own_width / PANEL, done, row, K, weights, K * PANEL, remembered, width, false);
+        std::memcpy(products + first, remembered, own_width * sizeof(float));
+    }
     multiply<T>(
-        tiles, batch, own_width / PANEL, K, row, K, static_cast<const T*>(layer.panels) + first * K, K * PANEL,
-        products + first, width, layer.one_hot);
+        tiles, batch, own_width / PANEL, K - done, row + done, K, weights + done * PANEL, K * PANEL, products + first,
+        width, layer.one_hot || remembers);
     for (int64_t b = 0; b < batch; ++b)
         for (int64_t unit = own.begin * PANEL; unit < own.end * PANEL; unit += LANES) {
             const int64_t block = unit / PANEL * S * PANEL + unit % PANEL;
@@ -124,6 +138,7 @@ static void step(
                     tiles, me, batch, layers[l], ids, rows[l], products[l], rows[l + 1], above);
             });
             me.wait();
+            if (l == 0 && layers[l].slots && batch == 1 && me.thread == 0) layers[l].known[*ids % layers[l].slots] = *ids + 1;
         }
         const Share words = me.share(panels(vocabulary));
         const int64_t first = words.begin * PANEL, last = std::min(words.end * PANEL, vocabulary);
@@ -164,7 +179,7 @@ static void step(
 
 // How many operands the panels of a layer take.
 extern "C" int layer_size(int kind, int narrow, int one_hot, int64_t inputs, int64_t hidden, int64_t* size) {
-    Layer layer{kind, one_hot, inputs, hidden, nullptr, nullptr, nullptr, nullptr, nullptr};
+    Layer layer{kind, one_hot, inputs, hidden};
     const int64_t K = narrow ? depth<bf16>(layer) : depth<float>(layer);
     *size = panels(hidden) * (kind <= GRU ? 4 : 1) * PANEL * K;
     return 0;
@@ -173,7 +188,7 @@ extern "C" int layer_size(int kind, int narrow, int one_hot, int64_t inputs, int
 extern "C" int lay_out_layer(
     int kind, int narrow, int one_hot, int64_t inputs, int64_t hidden, const float* weight_ih, const float* weight_hh,
     const float* bias, void* panels, float* biases, float* table) {
-    Layer layer{kind, one_hot, inputs, hidden, nullptr, nullptr, nullptr, nullptr, nullptr};
+    Layer layer{kind, one_hot, inputs, hidden};
     return with_cell_and_operand(kind, narrow, [&](auto cell, auto operand) {
         lay_out<decltype(operand), decltype(cell)>(
             layer, weight_ih, weight_hh, bias, static_cast<decltype(operand)*>(panels), biases, table);
@@ -192,15 +207,15 @@ extern "C" int lay_out_decoder(int narrow, int64_t hidden, int64_t vocabulary, c
 
 // A packed model begins with this; places are in bytes from its beginning.
 struct Header {
-    int64_t narrow, count, vocabulary, embedding, decoder, decoder_bias;
+    int64_t narrow, count, vocabulary, embedding, decoder, decoder_bias, known, slots;
     struct {
         int64_t kind, one_hot, inputs, hidden, panels, biases, table;
     } layers[64];
 };
 
-// state: for each layer h (B, H), and for an LSTM c (B, H), one after the other; read and written.
+// packed: written where it remembers. state: for each layer h (B, H), and for an LSTM c (B, H), one after the other; read and written.
 extern "C" int step_of_model(
-    const char* packed, int threads, int64_t batch, const int64_t* ids, float* state, int64_t state_size, float* logits,
+    char* packed, int threads, int64_t batch, const int64_t* ids, float* state, int64_t state_size, float* logits,
     float* normaliser) {
     const Header& header = *reinterpret_cast<const Header*>(packed);
     if (!within(ids, batch, header.vocabulary)) return NO_SUCH_ID;
@@ -210,8 +225,8 @@ extern "C" int step_of_model(
         const int64_t size = batch * from.hidden;
         layers[l] = {
             static_cast<int>(from.kind), static_cast<int>(from.one_hot), from.inputs, from.hidden, packed + from.panels,
-            reinterpret_cast<const float*>(packed + from.biases), reinterpret_cast<const float*>(packed + from.table),
-            state, state + size};
+            reinterpret_cast<const float*>(packed + from.biases), reinterpret_cast<float*>(packed + from.table), state,
+            state + size, reinterpret_cast<int64_t*>(packed + header.known), l == 0 ? header.slots : 0};
         state += from.kind == LSTM ? 2 * size : size;
         state_size -= from.kind == LSTM ? 2 * size : size;
     }
@@ -251,14 +266,9 @@ static void find_largest(int64_t n, int64_t k, const float* values, int64_t* pla
         if (values[i] > found[k - 1]) insert(i);
 }
 
-extern "C" int largest_of(int64_t n, int64_t k, const float* values, int64_t* places, float* found) {
-    find_largest(n, k, values, places, found);
-    return 0;
-}
-
 // One token of one stream -> the k likeliest to follow, and the natural logarithms of their probabilities.
 extern "C" int likeliest_of_model(
-    const char* packed, int threads, const int64_t* id, float* state, int64_t state_size, int64_t k, int64_t* places,
+    char* packed, int threads, const int64_t* id, float* state, int64_t state_size, int64_t k, int64_t* places,
     float* log_probs) {
     static thread_local Workspace answer;
     const int64_t vocabulary = reinterpret_cast<const Header*>(packed)->vocabulary;

@@ -27,7 +27,7 @@ static INLINE float sum(Vec v) { float s = 0; for (int i = 0; i < LANES; ++i) s 
 static INLINE float largest(Vec v) { float s = v[0]; for (int i = 1; i < LANES; ++i) s = v[i] > s ? v[i] : s; return s; }
 
 // e to the x: 2^n * p(r), x = n ln 2 + r, p the polynomial of Cephes' expf; within 2 units of the last place, 0 and
-// infinity beyond the range, NaN for NaN and infinities.
+// infinity beyond the range and for the infinities, NaN for NaN.
 static INLINE Vec exp(Vec x) {
 #if defined(__AVX512F__)
     Vec n = (Vec)_mm512_roundscale_ps((__m512)(x * 1.44269504088896341f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

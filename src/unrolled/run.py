@@ -26,6 +26,7 @@ from unrolled.recipe import Model, load_recipe
 if TYPE_CHECKING:
     from unrolled.inference.generate import Prediction
     from unrolled.inference.score import Score, Scorer
+    from unrolled.inference.session import Session
 
 
 @final
@@ -101,6 +102,12 @@ class Run:
 
         with self.rounded():
             return continuations(self.model, self.tokenizer, prefix, length, k, **options)
+
+    def session(self, text: str = "") -> "Session":
+        """A text that grows: `read` more of it, and `predict` what comes next after each word for one step."""
+        from unrolled.inference.session import Session
+
+        return Session(self.model, self.tokenizer, text, rounded=self.precision == "bf16")
 
     def generate(self, prompt: str = "", **options: Any) -> str:
         """`prompt` continued; the options are `stream`'s."""

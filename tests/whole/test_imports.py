@@ -81,6 +81,7 @@ ORDER = {
         "detokenize",
         "sampling",
         "generate",
+        "session",
         "embeddings",
     ],
 }

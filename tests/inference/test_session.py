@@ -1,0 +1,59 @@
+"""A session says what `predict` says of the whole text, however the text came to it."""
+
+import pytest
+
+import unrolled
+from unrolled.errors import UnrolledError
+from unrolled.inference.generate import Prediction
+from unrolled.kernels import build
+
+PIECES = ["", " the", " old dog", " ", "that sees the cats\n", "the girl " * 30, "zebra", " walks"]
+
+
+def same(one: Prediction, other: Prediction) -> bool:
+    values = [value for _, value in other.words]
+    return one.prefix == other.prefix and [value for _, value in one.words] == pytest.approx(values, abs=1e-4)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_what_grows_is_as_what_is_whole(toy_run: unrolled.Run, kernels: bool) -> None:
+    def check() -> None:
+        session = toy_run.session("birds")
+        for number, piece in enumerate(PIECES):
+            session.read(piece)
+            if number % 3 != 1:
+                assert same(session.predict(5), toy_run.predict(session.text, 5))
+        assert session.text == "birds" + "".join(PIECES)
+
+    if kernels:
+        check()
+    else:
+        with build.switched_off():
+            check()
+
+
+def test_more_than_one_thing_may_be_asked_of_a_place(toy_run: unrolled.Run) -> None:
+    session, size = toy_run.session("the dog"), len(toy_run.tokenizer)
+    for k, unknown in ((3, False), (1, False), (7, True), (10 * size, True), (2, False)):
+        assert same(session.predict(k, unknown), toy_run.predict("the dog", k, unknown))
+    session.read(" that")
+    for typed in ("s", "se", "w"):
+        found = session.predict(4, typed=typed)
+        expected = toy_run.predict(f"the dog that {typed}", 4, complete=True)
+        assert [word for word, _ in found.words] == [word for word, _ in expected.words]
+        assert [value for _, value in found.words] == pytest.approx([value for _, value in expected.words], abs=1e-3)
+    assert same(session.predict(5), toy_run.predict("the dog that", 5))
+    session.read(" sees")
+    assert same(session.predict(5), toy_run.predict("the dog that sees", 5))
+
+
+def test_of_characters_too_and_what_is_unknown_to_them_is_refused(character_run: unrolled.Run) -> None:
+    session = character_run.session("the do")
+    with pytest.raises(UnrolledError, match="not in the model's vocabulary"):
+        session.read("g€")
+    session.read("g")
+    assert same(session.predict(5), character_run.predict("the dog", 5))
+    with pytest.raises(UnrolledError, match="only a model of words completes them"):
+        session.predict(5, typed="w")
+    with pytest.raises(UnrolledError, match="k must be at least 1"):
+        session.predict(0)

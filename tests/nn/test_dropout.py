@@ -7,7 +7,7 @@ from unrolled.kernels import build
 from unrolled.nn.dropout import Dropout
 
 
-@pytest.mark.parametrize("p", [0.01, 0.35, 0.5, 0.999])
+@pytest.mark.parametrize("p", [1e-6, 0.01, 0.35, 0.5, 0.999])
 def test_a_share_of_p_is_zero_and_the_mean_stays(p: float) -> None:
     size, deviation = 1_000_001, (p * (1 - p) / 1_000_001) ** 0.5
     torch.manual_seed(0)

@@ -39,7 +39,7 @@ def _mask(x: Tensor, p: float) -> Tensor:
     for a coin, `F.dropout`'s, takes ten times as long."""
     kept = min(max(round((1 - p) * 65536), 1), 65536)
     draws = torch.randint(-(1 << 31), 1 << 31, ((x.numel() + 1) // 2,), dtype=torch.int32).view(torch.int16)
-    return (draws[: x.numel()] < kept - 32768).to(x.dtype).mul_(65536 / kept).view_as(x)
+    return (draws[: x.numel()] <= kept - 32769).to(x.dtype).mul_(65536 / kept).view_as(x)
 
 
 def dropout_plain(x: Tensor, p: float, seed: int) -> Tensor:

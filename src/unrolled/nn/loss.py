@@ -12,7 +12,7 @@ from unrolled.kernels import ops
 
 _FEW_WORDS = 256
 _MOST_LOGITS = 1 << 27
-_FAST_DEPTH, _SUMMED = 32, 256
+_FAST_DEPTH, _SUMMED, _FAR = 32, 256, 1e30
 
 
 def loss_plain(logits: Tensor, targets: Tensor) -> tuple[Tensor, int]:
@@ -125,8 +125,8 @@ class _SummedNLL(torch.autograd.Function):
 class _NarrowDecoder(torch.autograd.Function):
     """`token_nll` in bf16 on PyTorch alone: one array of logits, raised to e in place and kept for the backward pass.
 
-    A token's exponentials are relative to its target's logit, so their sum is at least about one and its logarithm is
-    the cost; only where that leaves the range of a float, relative to the largest. Bias and target's logit are columns
+    A token's exponentials are relative to its target's logit, so the logarithm of their sum is the cost; where that
+    comes near the end of what a float holds, they are relative to the largest. Bias and target's logit are columns
     of the one product, [hidden, 1, -logit] by [weight, bias, 1], which then has the bias's gradient too.
     """
 
@@ -144,7 +144,7 @@ class _NarrowDecoder(torch.autograd.Function):
         shift = -narrow_hidden[:, size + 1].float().unsqueeze(-1)
         exponentials = (narrow_hidden @ narrow_weight.T).exp_()  # (N, V)
         sums = _sums_of_rows(exponentials)
-        if not sums.isfinite().all():
+        if not ((sums > 1 / _FAR) & (sums < _FAR)).all():
             logits = narrow_hidden @ narrow_weight.T
             largest = logits.amax(-1, keepdim=True)
             shift, exponentials = shift + largest, logits.sub_(largest).exp_()

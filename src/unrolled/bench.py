@@ -44,7 +44,8 @@ def bench(
 
     Yields:
         For each task and subject {"subject", "recipe", "task", "median", "minimum", "maximum", "unit",
-        "ratio_to_baseline", "share_of_ceiling", "peak_memory_mib"}; the ratio is above 1 for what is faster.
+        "ratio_to_baseline", "ratio_minimum", "ratio_maximum", "share_of_ceiling", "peak_memory_mib"}; a ratio is above
+        1 for what is faster.
 
     Raises:
         UnrolledError: there is no such recipe, task or subject, or nothing to time.
@@ -130,17 +131,18 @@ def _serve(connection: Connection, recipe: str, task: str, subject: str, seconds
     try:
         work = _ceiling if subject == _CEILING else _subject(subject, task, case(recipe))
         work(3)
+        count = max(1, math.ceil(seconds / _seconds_a_step(work, 3)))
+        connection.send(None)
+        while True:
+            if connection.recv() == "work":
+                connection.send(_seconds_a_step(work, count))
+            else:
+                most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
+                connection.send(None if "=" in subject else most / (2**20 if sys.platform == "darwin" else 2**10))
     except UnrolledError as error:
         connection.send(error)
-        return
-    count = max(1, math.ceil(seconds / _seconds_a_step(work, 3)))
-    connection.send(None)
-    while True:
-        if connection.recv() == "work":
-            connection.send(_seconds_a_step(work, count))
-        else:
-            most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
-            connection.send(None if "=" in subject else most / (2**20 if sys.platform == "darwin" else 2**10))
+    except Exception as error:  # of a subject: torch.compile without a compiler, say
+        connection.send(UnrolledError(f"{subject}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"))
 
 
 def _only_trains(subject: str) -> bool:

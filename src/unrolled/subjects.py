@@ -55,6 +55,11 @@ class Case:
         while True:
             yield from Windows(self.ids, batch_size, self.recipe.training.num_steps)
 
+    def tokens(self) -> Iterator[Tensor]:
+        """Ids (1,) without end."""
+        while True:
+            yield from torch.from_numpy(self.ids[:1_000_000].astype(np.int64)).split(1)
+
     @property
     def flop_per_token(self) -> float:
         """Of training, in the products alone: two for each weight forward, four backward."""
@@ -84,7 +89,7 @@ def case(name: str) -> Case:
 
 
 def ours(task: str, case: Case, precision: str, kernels: bool = True) -> Work:
-    """This package, as its commands run it."""
+    """This package, as `unrolled train` and `score` and `Run.session` run it."""
     switch = nullcontext if kernels else build.switched_off
     with switch():
         work = {"train": _our_training, "score": _our_scoring, "next-word": _our_next_word}[task](case, precision)
@@ -105,12 +110,12 @@ def _our_training(case: Case, precision: str) -> Work:
 
     def work(count: int) -> None:
         nonlocal states
-        if len(windows) - position.window < count:
-            position.window = 0
         last = position.step + count
-        states = run_epoch(
-            model, optimizer, windows, states, training, position, lambda states, figures: position.step < last
-        )
+        while position.step < last:
+            position.window %= len(windows)
+            states = run_epoch(
+                model, optimizer, windows, states, training, position, lambda states, figures: position.step < last
+            )
 
     return work
 
@@ -135,11 +140,11 @@ def _our_next_word(case: Case, precision: str) -> Work:
     model = build_model(case.recipe.model, case.vocab_size).eval()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         stream = Stream(model, model.initial_state(1))
-    ids = torch.from_numpy(case.ids[:4096].astype(np.int64))
+    ids = case.tokens()
 
     def work(count: int) -> None:
-        for number in range(count):
-            stream.likeliest(ids[number % 4096 : number % 4096 + 1], 10)
+        for _ in range(count):
+            stream.likeliest(next(ids), 10)
 
     return work
 
@@ -155,7 +160,9 @@ class _Plain(nn.Module):
         model = case.recipe.model
         size = model.embedding_size or case.vocab_size
         self.embedding = nn.Embedding(case.vocab_size, size) if model.embedding_size else None
-        layer = {"lstm": nn.LSTM, "gru": nn.GRU, "elman": nn.RNN}[model.cell]
+        layer = {"lstm": nn.LSTM, "gru": nn.GRU, "elman": nn.RNN}.get(model.cell)
+        if layer is None:
+            raise UnrolledError(f"PyTorch has no layer to compare {case.recipe.name} with: its cell is {model.cell}")
         sizes = [size, *model.hidden_sizes]
         options = {"nonlinearity": model.activation} if model.cell == "elman" else {}
         self.layers = nn.ModuleList(layer(e, h, **options) for e, h in pairwise(sizes))
@@ -188,7 +195,7 @@ def plain(task: str, case: Case, precision: str, compiled: bool = False) -> Work
     streams = {"train": training.batch_size, "score": SCORED_STREAMS, "next-word": 1}[task]
     states: list[Any] = [None] * len(network.layers)
     windows = case.windows(streams)
-    ids = torch.from_numpy(case.ids[:4096].astype(np.int64))
+    ids = case.tokens()
 
     def train(count: int) -> None:
         nonlocal states
@@ -216,9 +223,9 @@ def plain(task: str, case: Case, precision: str, compiled: bool = False) -> Work
     @torch.inference_mode()
     def next_word(count: int) -> None:
         nonlocal states
-        for number in range(count):
+        for _ in range(count):
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                logits, states = forward(ids[number % 4096].view(1, 1), states)
+                logits, states = forward(next(ids).view(1, 1), states)
                 logits[0, 0].float().log_softmax(-1).topk(10)
 
     return {"train": train, "score": score, "next-word": next_word}[task]
@@ -254,9 +261,10 @@ def products(case: Case) -> Work:
 
 def peer(command: str, case: Case) -> Work:
     """Training by another program, which keeps to the protocol at the head of this file."""
-    with tempfile.NamedTemporaryFile(suffix=".npy", delete=False) as file:
-        np.save(file, case.ids)
-    work = {"recipe": case.recipe.model_dump(mode="json"), "ids": file.name, "vocab_size": case.vocab_size}
+    folder = tempfile.TemporaryDirectory()
+    path = f"{folder.name}/ids.npy"
+    np.save(path, case.ids)
+    work = {"recipe": case.recipe.model_dump(mode="json"), "ids": path, "vocab_size": case.vocab_size}
     process = subprocess.Popen(
         [*shlex.split(command), json.dumps(work)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -269,6 +277,7 @@ def peer(command: str, case: Case) -> Work:
         stdin.flush()
         if not stdout.readline():
             raise UnrolledError(f"{command} ended with status {process.wait()}")
+        folder.cleanup()  # it has been read
 
     return train
 

@@ -27,16 +27,18 @@ def main() -> None:
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server, sync_playwright() as playwright:
         assert server.stderr is not None
         address = server.stderr.readline().split(" at ")[1].strip()
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=OPTIONS)
-        page = browser.new_page()
-        page.goto(address)
-        page.wait_for_selector("#words button")
-        text = arguments.text.read_text(encoding="utf-8")[: arguments.keys]
-        page.locator("#text").press_sequentially(text, delay=125, timeout=1e6)
-        page.wait_for_timeout(500)
-        times = page.evaluate(TIMES)
-        browser.close()
-        server.terminate()
+        try:
+            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=OPTIONS)
+            page = browser.new_page()
+            page.goto(address)
+            page.wait_for_selector("#words button")
+            text = arguments.text.read_text(encoding="utf-8")[: arguments.keys]
+            page.locator("#text").press_sequentially(text, delay=125, timeout=1e6)
+            page.wait_for_timeout(500)
+            times = page.evaluate(TIMES)
+            browser.close()
+        finally:
+            server.terminate()
     percentile = statistics.quantiles(times, n=100)
     figures = {f"p{p}_ms": round(percentile[p - 1], 1) for p in (50, 95, 99)}
     print(json.dumps({"keys": len(text), "answers": len(times)} | figures))

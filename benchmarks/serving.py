@@ -78,18 +78,20 @@ def main() -> None:
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
         port = int(server.stderr.readline().rsplit(":", 1)[1])
-        asyncio.run(load(port, prefixes, 4, 3, 10**9))  # warm
-        for clients in arguments.clients:
-            print(json.dumps(asyncio.run(load(port, prefixes, clients, arguments.seconds, 10**9))), flush=True)
-        parts = 10
-        for part in range(parts):
-            result = asyncio.run(load(port, prefixes, 16, 1e9, arguments.requests // parts))
-            served, errors = (part + 1) * arguments.requests // parts, result["errors"]
-            print(
-                json.dumps({"served": served, "errors": errors, "memory_mib": round(memory_mib(server.pid), 1)}),
-                flush=True,
-            )
-        server.terminate()
+        try:
+            asyncio.run(load(port, prefixes, 4, 3, 10**9))  # warm
+            for clients in arguments.clients:
+                print(json.dumps(asyncio.run(load(port, prefixes, clients, arguments.seconds, 10**9))), flush=True)
+            parts = 10
+            for part in range(parts):
+                result = asyncio.run(load(port, prefixes, 16, 1e9, arguments.requests // parts))
+                served, errors = (part + 1) * arguments.requests // parts, result["errors"]
+                print(
+                    json.dumps({"served": served, "errors": errors, "memory_mib": round(memory_mib(server.pid), 1)}),
+                    flush=True,
+                )
+        finally:
+            server.terminate()
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def kill_loop(into: Path, options: list[str], kills: int, seed: int) -> Counter[
     longest = time.monotonic() - begun
     number, going_on = 0, False
     while True:
-        path, enough = killed / str(number), counts["kills"] >= kills
+        path, enough, begun = killed / str(number), counts["kills"] >= kills, time.monotonic()
         process = subprocess.Popen(
             [*command[:4], "--resume", "--quiet", "--out", path] if going_on else [*command, "--out", path],
             env=ENVIRONMENT,
@@ -69,6 +69,8 @@ def kill_loop(into: Path, options: list[str], kills: int, seed: int) -> Counter[
         counts["lost"] += not is_same(unbroken, path)
         if enough:
             return counts
+        if not going_on:
+            longest = min(longest, time.monotonic() - begun)
         number, going_on = number + 1, False
 
 

@@ -19,10 +19,12 @@ def server(*arguments: object, port: int = 0, **environment: str) -> Iterator[tu
     command = [sys.executable, "-m", "unrolled", "serve", *map(str, arguments), "--port", str(port), "--threads", "1"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | environment) as process:
         assert process.stderr is not None
-        line = process.stderr.readline()
-        assert " at http://" in line, line + process.stderr.read()
-        yield process, line.split(" at ")[1].strip()
-        process.terminate()
+        try:
+            line = process.stderr.readline()
+            assert " at http://" in line, line + process.stderr.read()
+            yield process, line.split(" at ")[1].strip()
+        finally:
+            process.terminate()
 
 
 @pytest.fixture(scope="session")

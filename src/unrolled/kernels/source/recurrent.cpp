@@ -1,7 +1,8 @@
 // A recurrent layer over the T steps of a window, forward and backward.
 //
 // A thread owns whole blocks of units and computes all of their slots, so that threads meet once a step only, when the
-// hidden layer is whole.
+// hidden layer is whole. Where one core's cache holds all of the weights that a step reads, a thread owns streams
+// instead, and in a window threads need not meet at all.
 #include "cells.h"
 
 struct Sizes {
@@ -26,6 +27,21 @@ static void columns_panel(const float* weight, const Sizes& z, const int* gates,
 
 static thread_local Workspace workspace;
 
+constexpr int64_t CACHED = 1 << 20;  // bytes of weights
+constexpr int64_t FEW_STREAMS = 8;   // fewer make a thread's products slow
+
+// What a thread computes in every step: blocks of units, of streams.
+struct Work {
+    bool apart;
+    Share units, streams;
+    int64_t batch() const { return streams.end - streams.begin; }
+    int64_t blocks() const { return units.end - units.begin; }
+};
+static Work work_of(Member me, const Sizes& z, int64_t bytes) {
+    const bool apart = bytes <= CACHED && z.batch >= FEW_STREAMS * me.threads && z.steps > FEW_ROWS;
+    return {apart, apart ? Share(z.blocks(), 0, 1) : me.share(z.blocks()), apart ? me.share(z.batch) : Share(z.batch, 0, 1)};
+}
+
 // ------------------------------------------------------------------------------------------------ forward
 
 // inputs (T, B, E) or ids (T, B); h (B, H), c (B, H); outputs (T, B, H), c_last (B, H),
@@ -37,15 +53,15 @@ static void forward(
     constexpr int S = Cell::SLOTS;
     const int64_t U = z.blocks(), W = U * S * PANEL, width = round_up(z.hidden, 32), rows = z.rows();
     const int64_t from_input = ids ? 0 : panel_size<T>(z.inputs), from_hidden = panel_size<T>(z.hidden);
-    const int64_t input_ld = padded<T>(z.inputs);
+    const int64_t input_ld = padded<T>(z.inputs), input_room = ids ? 0 : (rows + ROW_SLACK * z.batch) * input_ld;
     workspace.reserve(
         Workspace::room<T>((from_input + from_hidden) * U * S) + 2 * Workspace::room<T>((z.batch + ROW_SLACK) * width) +
-        Workspace::room<T>(ids ? 0 : (rows + ROW_SLACK) * input_ld) + Workspace::room<float>(ids ? z.inputs * W : 0) +
+        Workspace::room<T>(input_room) + Workspace::room<float>(ids ? z.inputs * W : 0) +
         Workspace::room<float>(W) + 2 * 64);
     T* input_panels = workspace.take<T>(from_input * U * S);
     T* hidden_panels = workspace.take<T>(from_hidden * U * S);
     T* hidden[2] = {workspace.take<T>((z.batch + ROW_SLACK) * width), workspace.take<T>((z.batch + ROW_SLACK) * width)};
-    T* input_rows = workspace.take<T>(ids ? 0 : (rows + ROW_SLACK) * input_ld);
+    T* input_rows = workspace.take<T>(input_room);
     float* table = workspace.take<float>(ids ? z.inputs * W : 0);
     float* biases = workspace.take<float>(W);
 
@@ -78,23 +94,31 @@ static void forward(
         }
         me.wait();
 
-        const int64_t first = own.begin * S * PANEL, own_panels = (own.end - own.begin) * S;
-        if (!ids && own_panels)
+        const Work mine = work_of(me, z, from_hidden * U * S * sizeof(T));
+        const int64_t first = mine.units.begin * S * PANEL, own_panels = mine.blocks() * S;
+        const T* own_input_panels = input_panels + mine.units.begin * S * from_input;
+        if (!ids && mine.apart)
+            for (int64_t b = mine.streams.begin; b < mine.streams.end; ++b)
+                multiply<T>(
+                    tiles, z.steps, own_panels, z.inputs, input_rows + b * input_ld, z.batch * input_ld,
+                    own_input_panels, from_input, gates + b * W, z.batch * W, false);
+        else if (!ids && own_panels)
             multiply<T>(
-                tiles, rows, own_panels, z.inputs, input_rows, input_ld, input_panels + own.begin * S * from_input,
-                from_input, gates + first, W, false);
+                tiles, rows, own_panels, z.inputs, input_rows, input_ld, own_input_panels, from_input, gates + first, W,
+                false);
         for (int64_t t = 0; t < z.steps; ++t) {
             float* step = gates + t * z.batch * W;
             if (ids)
-                for (int64_t b = 0; b < z.batch; ++b)
+                for (int64_t b = mine.streams.begin; b < mine.streams.end; ++b)
                     std::memcpy(
                         step + b * W + first, table + ids[t * z.batch + b] * W + first, own_panels * PANEL * sizeof(float));
             if (own_panels)
                 multiply<T>(
-                    tiles, z.batch, own_panels, z.hidden, hidden[t & 1], width,
-                    hidden_panels + own.begin * S * from_hidden, from_hidden, step + first, W, true);
-            for (int64_t b = 0; b < z.batch; ++b)
-                for (int64_t unit = own.begin * PANEL; unit < own.end * PANEL; unit += LANES) {
+                    tiles, mine.batch(), own_panels, z.hidden, hidden[t & 1] + mine.streams.begin * width, width,
+                    hidden_panels + mine.units.begin * S * from_hidden, from_hidden,
+                    step + mine.streams.begin * W + first, W, true);
+            for (int64_t b = mine.streams.begin; b < mine.streams.end; ++b)
+                for (int64_t unit = mine.units.begin * PANEL; unit < mine.units.end * PANEL; unit += LANES) {
                     const int64_t block = unit / PANEL * S * PANEL + unit % PANEL, row = t * z.batch + b;
                     Vec slot[S], bias_of[S], h_before{}, c_now{};
                     for (int s = 0; s < S; ++s) {
@@ -114,7 +138,7 @@ static void forward(
                     store_part(outputs + row * z.hidden, unit, z.hidden, output);
                     if (Cell::CELL && t + 1 == z.steps) store_part(c_last + b * z.hidden, unit, z.hidden, c_now);
                 }
-            me.wait();
+            if (!mine.apart) me.wait();
         }
     });
 }
@@ -139,7 +163,7 @@ static void backward(
         Workspace::room<T>(hidden_panels * depth) + Workspace::room<T>(wanted ? input_panels * depth : 0) +
         Workspace::room<T>((rows + ROW_SLACK) * slot_ld) + Workspace::room<T>((W + ROW_SLACK) * long_ld) +
         Workspace::room<T>((hidden_panels + (ids ? 0 : input_panels)) * long_depth) +
-        2 * Workspace::room<float>(z.batch * ld) + Workspace::room<float>(W) +
+        2 * Workspace::room<float>(z.batch * ld) + Workspace::room<float>(threads * W) +
         Workspace::room<float>(ids ? z.inputs * W : 0) + Workspace::room<float>(threads * std::max(rows, W) * PANEL));
     T* hidden_columns = workspace.take<T>(hidden_panels * depth);                   // weight_hh, k over slots
     T* input_columns = workspace.take<T>(wanted ? input_panels * depth : 0);        // weight_ih, k over slots
@@ -149,7 +173,7 @@ static void backward(
     T* input_rows = workspace.take<T>(ids ? 0 : input_panels * long_depth);
     float* dh = workspace.take<float>(z.batch * ld);
     float* dc = workspace.take<float>(z.batch * ld);
-    float* d_biases = workspace.take<float>(W);
+    float* d_biases = workspace.take<float>(threads * W);
     float* table = workspace.take<float>(ids ? z.inputs * W : 0);
     float* scratches = workspace.take<float>(threads * std::max(rows, W) * PANEL);
 
@@ -160,20 +184,22 @@ static void backward(
         for (int64_t u = own.begin; u < own.end; ++u)
             columns_panel<T, Cell>(
                 weight_hh, z, Cell::FROM_HIDDEN, z.hidden, u * PANEL, hidden_columns + u * depth);
-        for (int64_t b = 0; b < z.batch; ++b)
-            for (int64_t unit = own.begin * PANEL; unit < own.end * PANEL; unit += LANES) {
+        const Work mine = work_of(me, z, hidden_panels * depth * sizeof(T));
+        for (int64_t b = mine.streams.begin; b < mine.streams.end; ++b)
+            for (int64_t unit = mine.units.begin * PANEL; unit < mine.units.end * PANEL; unit += LANES) {
                 store(dh + b * ld + unit, Vec{});
                 store(dc + b * ld + unit, d_c_last ? load_part(d_c_last + b * z.hidden, unit, z.hidden) : Vec{});
             }
-        const int64_t first = own.begin * S * PANEL, own_slots = (own.end - own.begin) * S * PANEL;
-        for (int64_t i = first; i < first + own_slots; ++i) d_biases[i] = 0;
+        float* my_biases = d_biases + me.thread * W;
+        std::memset(my_biases, 0, W * sizeof(float));
         if (slot_ld > W && me.thread == 0)
             for (int64_t row = 0; row < rows; ++row)
                 std::memset(d_slots + row * slot_ld + W, 0, (slot_ld - W) * sizeof(T));
+        if (mine.apart) me.wait();
 
         for (int64_t t = z.steps - 1; t >= 0; --t) {
-            for (int64_t b = 0; b < z.batch; ++b)
-                for (int64_t unit = own.begin * PANEL; unit < own.end * PANEL; unit += LANES) {
+            for (int64_t b = mine.streams.begin; b < mine.streams.end; ++b)
+                for (int64_t unit = mine.units.begin * PANEL; unit < mine.units.end * PANEL; unit += LANES) {
                     const int64_t block = unit / PANEL * S * PANEL + unit % PANEL, row = t * z.batch + b;
                     Vec slot[S], gradient[S], c_now{}, c_before{}, h_before{}, direct;
                     for (int s = 0; s < S; ++s) slot[s] = load(gates + row * W + block + s * PANEL);
@@ -192,23 +218,25 @@ static void backward(
                     store(dh + b * ld + unit, direct);
                     for (int s = 0; s < S; ++s) {
                         put(d_slots + row * slot_ld + block + s * PANEL, gradient[s]);
-                        float* total = d_biases + block + s * PANEL;
+                        float* total = my_biases + block + s * PANEL;
                         store(total, load(total) + gradient[s]);
                     }
                 }
-            me.wait();
-            if (own_slots)
+            if (!mine.apart) me.wait();
+            if (mine.blocks())
                 multiply<T>(
-                    tiles, z.batch, own.end - own.begin, W, d_slots + t * z.batch * slot_ld, slot_ld,
-                    hidden_columns + own.begin * depth, depth, dh + own.begin * PANEL, ld, true);
+                    tiles, mine.batch(), mine.blocks(), W, d_slots + (t * z.batch + mine.streams.begin) * slot_ld, slot_ld,
+                    hidden_columns + mine.units.begin * depth, depth,
+                    dh + mine.streams.begin * ld + mine.units.begin * PANEL, ld, true);
         }
-        for (int64_t b = 0; b < z.batch; ++b)
-            for (int64_t unit = own.begin * PANEL; unit < own.end * PANEL; unit += LANES) {
+        for (int64_t b = mine.streams.begin; b < mine.streams.end; ++b)
+            for (int64_t unit = mine.units.begin * PANEL; unit < mine.units.end * PANEL; unit += LANES) {
                 store_part(d_h + b * z.hidden, unit, z.hidden, load(dh + b * ld + unit));
                 if (Cell::CELL) store_part(d_c + b * z.hidden, unit, z.hidden, load(dc + b * ld + unit));
             }
 
         // Gradients of the weights: one product over all steps for each.
+        if (mine.apart) me.wait();
         const int64_t own_units = (own.end - own.begin) * PANEL, column = own.begin * S * PANEL;
         for (int64_t u = own.begin; u < own.end; ++u)
             for (int s = 0; s < S; ++s)
@@ -231,11 +259,12 @@ static void backward(
                         weight_ih, z, Cell::FROM_INPUT, z.inputs, p * PANEL, input_columns + p * depth);
             }
         if (ids) {
-            for (int64_t id = 0; id < z.inputs; ++id) std::memset(table + id * W + first, 0, own_slots * sizeof(float));
+            const int64_t slots = own_units * S;
+            for (int64_t id = 0; id < z.inputs; ++id) std::memset(table + id * W + column, 0, slots * sizeof(float));
             for (int64_t row = 0; row < rows; ++row) {
-                float* total = table + ids[row] * W + first;
-                const T* from = d_slots + row * slot_ld + first;
-                for (int64_t j = 0; j < own_slots; j += LANES) store(total + j, load(total + j) + get(from + j));
+                float* total = table + ids[row] * W + column;
+                const T* from = d_slots + row * slot_ld + column;
+                for (int64_t j = 0; j < slots; j += LANES) store(total + j, load(total + j) + get(from + j));
             }
         }
         me.wait();
@@ -256,7 +285,8 @@ static void backward(
                         d_weight_ih + of_input * z.inputs, z.inputs, scratch);
                 for (int64_t unit = 0; unit < real; ++unit) {
                     const int64_t at = (own.begin + unit / PANEL) * S * PANEL + s * PANEL + unit % PANEL;
-                    d_bias[of_input + unit] = d_biases[at];
+                    d_bias[of_input + unit] = 0;
+                    for (int i = 0; i < me.threads; ++i) d_bias[of_input + unit] += d_biases[i * W + at];
                     if (ids)
                         for (int64_t id = 0; id < z.inputs; ++id)
                             d_weight_ih[(of_input + unit) * z.inputs + id] = table[id * W + at];

@@ -48,7 +48,7 @@ def decoder_loss(hidden: Tensor, decoder: nn.Module, targets: Tensor) -> tuple[T
     Returns:
         As `loss`.
     """
-    if _kernel_pays(decoder):
+    if _has_kernel(decoder):
         return token_nll(hidden, decoder, targets).sum(), targets.numel()
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
     parts = math.ceil(len(targets) * getattr(decoder, "out_features", 0) / _MOST_LOGITS)
@@ -68,17 +68,17 @@ def _loss_at_once(hidden: Tensor, decoder: nn.Module, targets: Tensor) -> Tensor
         return loss(decoder(hidden.float()), targets)[0]
 
 
-def _kernel_pays(decoder: nn.Module) -> TypeGuard[nn.Linear]:
-    """The kernel goes through the vocabulary in strips; of a few dozen characters there is less than one a thread."""
-    return _is_large(decoder) and ops.serves(decoder.weight)
-
-
-def _is_large(decoder: nn.Module) -> TypeGuard[nn.Linear]:
-    return isinstance(decoder, nn.Linear) and decoder.out_features >= _FEW_WORDS
+def _has_kernel(decoder: nn.Module) -> TypeGuard[nn.Linear]:
+    return isinstance(decoder, nn.Linear) and ops.serves(decoder.weight)
 
 
 def _is_narrow(decoder: nn.Module, hidden: Tensor) -> TypeGuard[nn.Linear]:
-    return _is_large(decoder) and torch.is_autocast_enabled(hidden.device.type)
+    """On PyTorch alone a vocabulary of characters is faster in f32."""
+    return (
+        isinstance(decoder, nn.Linear)
+        and decoder.out_features >= _FEW_WORDS
+        and torch.is_autocast_enabled(hidden.device.type)
+    )
 
 
 def token_nll_plain(hidden: Tensor, decoder: nn.Module, targets: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def token_nll_plain(hidden: Tensor, decoder: nn.Module, targets: Tensor) -> Tens
 
 def token_nll(hidden: Tensor, decoder: nn.Module, targets: Tensor) -> Tensor:
     """Each target's negative log-likelihood in nats, in the shape of `targets`; the arguments are `decoder_loss`'s."""
-    if not _kernel_pays(decoder):
+    if not _has_kernel(decoder):
         if _is_narrow(decoder, hidden):
             nll = _NarrowDecoder.apply(hidden.flatten(0, -2), decoder.weight, decoder.bias, targets.flatten())
             return nll.view_as(targets)

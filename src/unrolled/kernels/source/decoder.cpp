@@ -4,6 +4,8 @@
 // Everything is written with the vocabulary down and the tokens (n of them) across, so that weights are rows of A as
 // they are. A row's exponentials are taken relative to its target's logit: then their sum is at least one and its
 // logarithm is the target's cost. Where that leaves the range of a float, all is done again relative to the largest.
+//
+// A vocabulary of characters is too small to be shared out among threads: there the tokens are, see the end.
 #include <cmath>
 
 #include "gemm.h"
@@ -225,6 +227,150 @@ static void backward(
     });
 }
 
+// ------------------------------------------------------------------------------------------------ few words
+
+constexpr int64_t FEW_WORDS = 256;
+
+// Tokens down, words across: logits (count, width) of the tokens from n on, -inf beyond the vocabulary.
+template <class T>
+static INLINE void logits_of_tokens(
+    Tiles& tiles, const Problem& z, const float* hidden, const float* bias, int64_t n, int64_t count, const T* words,
+    T* rows, float* logits) {
+    const int64_t ld = padded<T>(z.hidden), width = panels(z.vocabulary) * PANEL;
+    to_rows(hidden + n * z.hidden, count, z.hidden, z.hidden, rows, ld);
+    multiply<T>(
+        tiles, count, panels(z.vocabulary), z.hidden, rows, ld, words, panel_size<T>(z.hidden), logits, width, false);
+    for (int64_t i = 0; i < count; ++i) {
+        for (int64_t v = 0; v < z.vocabulary; ++v) logits[i * width + v] += bias[v];
+        for (int64_t v = z.vocabulary; v < width; ++v) logits[i * width + v] = -__builtin_inff();
+    }
+}
+
+// Panels of the words, k over the hidden layer: this thread's share.
+template <class T> static INLINE void lay_words(Member me, const Problem& z, const float* weight, T* words) {
+    const Share some = me.share(panels(z.vocabulary));
+    for (int64_t p = some.begin; p < some.end; ++p)
+        to_panel_from_columns<T>(
+            weight + p * PANEL * z.hidden, z.hidden, std::min<int64_t>(PANEL, z.vocabulary - p * PANEL), z.hidden,
+            words + p * panel_size<T>(z.hidden));
+}
+
+// As `forward`, shift being the largest logit.
+template <class T>
+static void forward_few(
+    int threads, Problem z, const float* hidden, const float* weight, const float* bias, const int64_t* targets,
+    float* nll, float* shift, float* sums) {
+    const int64_t ld = padded<T>(z.hidden), width = panels(z.vocabulary) * PANEL;
+    workspace.reserve(
+        Workspace::room<T>(width * ld) + Workspace::room<T>(threads * (STRIP + ROW_SLACK) * ld) +
+        Workspace::room<float>(threads * STRIP * width));
+    T* words = workspace.take<T>(width * ld);
+    T* rows = workspace.take<T>(threads * (STRIP + ROW_SLACK) * ld);
+    float* strips = workspace.take<float>(threads * STRIP * width);
+    together(threads, [&](Member me) {
+        Tiles tiles;
+        T* my_rows = rows + me.thread * (STRIP + ROW_SLACK) * ld;
+        float* logits = strips + me.thread * STRIP * width;
+        lay_words(me, z, weight, words);
+        me.wait();
+        const Share mine = me.share(z.tokens);
+        for (int64_t begin = mine.begin; begin < mine.end; begin += STRIP) {
+            const int64_t count = std::min(STRIP, mine.end - begin);
+            logits_of_tokens(tiles, z, hidden, bias, begin, count, words, my_rows, logits);
+            for (int64_t i = 0; i < count; ++i) {
+                const float* row = logits + i * width;
+                Vec high = load(row), total{};
+                for (int64_t v = LANES; v < width; v += LANES) high = load(row + v) > high ? load(row + v) : high;
+                const int64_t n = begin + i;
+                shift[n] = largest(high);
+                for (int64_t v = 0; v < width; v += LANES) total = total + exp(load(row + v) - shift[n]);
+                sums[n] = sum(total);
+                nll[n] = std::log(sums[n]) + shift[n] - row[targets[n]];
+            }
+        }
+    });
+}
+
+// As `backward`; the probabilities are made again.
+template <class T>
+static void backward_few(
+    int threads, Problem z, const float* gradient, const float* hidden, const float* weight, const float* bias,
+    const int64_t* targets, const float* shift, const float* sums, float* d_hidden, float* d_weight, float* d_bias) {
+    const int64_t ld = padded<T>(z.hidden), H = z.hidden, V = z.vocabulary, width = panels(V) * PANEL;
+    const int64_t across = panels(H) * PANEL, depth = padded<T>(width);
+    workspace.reserve(
+        Workspace::room<T>(width * ld) + Workspace::room<T>(across * depth) +
+        threads * (Workspace::room<T>((BLOCK + ROW_SLACK) * ld) + Workspace::room<T>(BLOCK * across) +
+                   Workspace::room<T>((BLOCK + ROW_SLACK) * depth) + Workspace::room<T>((depth + ROW_SLACK) * BLOCK) +
+                   Workspace::room<float>(BLOCK * width) + Workspace::room<float>(BLOCK * PANEL) +
+                   Workspace::room<float>(width * (across + 1))));
+    T* words = workspace.take<T>(width * ld);
+    T* words_across = workspace.take<T>(across * depth);  // panels of the hidden layer, k over the words
+    T* rows = workspace.take<T>(threads * (BLOCK + ROW_SLACK) * ld);
+    T* token_panels = workspace.take<T>(threads * BLOCK * across);
+    T* d_rows = workspace.take<T>(threads * (BLOCK + ROW_SLACK) * depth);
+    T* d_columns = workspace.take<T>(threads * (depth + ROW_SLACK) * BLOCK);
+    float* strips = workspace.take<float>(threads * BLOCK * width);
+    float* scratches = workspace.take<float>(threads * BLOCK * PANEL);
+    float* totals = workspace.take<float>(threads * width * (across + 1));  // of the weights, then of the biases
+
+    together(threads, [&](Member me) {
+        Tiles tiles;
+        T* my_rows = rows + me.thread * (BLOCK + ROW_SLACK) * ld;
+        T* panel = token_panels + me.thread * BLOCK * across;
+        T* d_row = d_rows + me.thread * (BLOCK + ROW_SLACK) * depth;
+        T* d_column = d_columns + me.thread * (depth + ROW_SLACK) * BLOCK;
+        float* strip = strips + me.thread * BLOCK * width;
+        float* total = totals + me.thread * width * (across + 1);
+        float* total_bias = total + width * across;
+        std::memset(total, 0, width * (across + 1) * sizeof(float));
+        lay_words(me, z, weight, words);
+        const Share some = me.share(panels(H));
+        for (int64_t p = some.begin; p < some.end; ++p)
+            to_panel<T>(
+                [&](int64_t v) { return weight + v * H + p * PANEL; }, V, depth, std::min<int64_t>(PANEL, H - p * PANEL),
+                words_across + p * depth * PANEL);
+        me.wait();
+        const Share mine = me.share(z.tokens);
+        for (int64_t begin = mine.begin; begin < mine.end; begin += BLOCK) {
+            const int64_t count = std::min(BLOCK, mine.end - begin), long_ld = padded<T>(count);
+            logits_of_tokens(tiles, z, hidden, bias, begin, count, words, my_rows, strip);
+            for (int64_t i = 0; i < count; ++i) {
+                float* row = strip + i * width;
+                const int64_t n = begin + i;
+                const float factor = gradient[n] / sums[n];
+                for (int64_t v = 0; v < width; v += LANES) store(row + v, exp(load(row + v) - shift[n]) * factor);
+                row[targets[n]] -= gradient[n];
+                for (int64_t v = 0; v < width; v += LANES) store(total_bias + v, load(total_bias + v) + load(row + v));
+            }
+            to_rows(strip, count, width, width, d_row, depth);
+            multiply_exactly<T>(
+                tiles, count, H, V, d_row, depth, words_across, depth * PANEL, d_hidden + begin * H, H,
+                scratches + me.thread * BLOCK * PANEL);
+            to_columns(strip, count, width, width, d_column, long_ld);
+            for (int64_t p = 0; p < panels(H); ++p)
+                to_panel<T>(
+                    [&](int64_t i) { return hidden + (begin + i) * H + p * PANEL; }, count, long_ld,
+                    std::min<int64_t>(PANEL, H - p * PANEL), panel + p * long_ld * PANEL);
+            multiply<T>(
+                tiles, V, panels(H), count, d_column, long_ld, panel, long_ld * PANEL, total, across, true);
+        }
+        me.wait();
+        const Share own = me.share(V);
+        for (int64_t v = own.begin; v < own.end; ++v) {
+            d_bias[v] = 0;
+            std::memset(d_weight + v * H, 0, H * sizeof(float));
+            for (int i = 0; i < me.threads; ++i) {
+                const float* part = totals + i * width * (across + 1);
+                d_bias[v] += part[width * across + v];
+                for (int64_t j = 0; j < H; ++j) d_weight[v * H + j] += part[v * across + j];
+            }
+        }
+    });
+}
+
+// ------------------------------------------------------------------------------------------------ C
+
 extern "C" int decoder_forward(
     int narrow, int threads, int64_t tokens, int64_t hidden_size, int64_t vocabulary, const float* hidden,
     const float* weight, const float* bias, const int64_t* targets, float* nll, float* shift, float* sums,
@@ -232,7 +378,9 @@ extern "C" int decoder_forward(
     Problem z{tokens, hidden_size, vocabulary};
     if (!within(targets, tokens, vocabulary)) return NO_SUCH_ID;
     return with_operand(narrow, [&](auto operand) {
-        forward(threads, z, hidden, weight, bias, targets, nll, shift, sums, (decltype(operand)*)exponentials);
+        using T = decltype(operand);
+        if (vocabulary <= FEW_WORDS) forward_few<T>(threads, z, hidden, weight, bias, targets, nll, shift, sums);
+        else forward(threads, z, hidden, weight, bias, targets, nll, shift, sums, static_cast<T*>(exponentials));
     });
 }
 
@@ -242,8 +390,13 @@ extern "C" int decoder_backward(
     const void* exponentials, float* d_hidden, float* d_weight, float* d_bias) {
     Problem z{tokens, hidden_size, vocabulary};
     return with_operand(narrow, [&](auto operand) {
-        backward(
-            threads, z, gradient, hidden, weight, bias, targets, shift, sums, (const decltype(operand)*)exponentials,
-            d_hidden, d_weight, d_bias);
+        using T = decltype(operand);
+        if (vocabulary <= FEW_WORDS)
+            backward_few<T>(
+                threads, z, gradient, hidden, weight, bias, targets, shift, sums, d_hidden, d_weight, d_bias);
+        else
+            backward(
+                threads, z, gradient, hidden, weight, bias, targets, shift, sums, static_cast<const T*>(exponentials),
+                d_hidden, d_weight, d_bias);
     });
 }

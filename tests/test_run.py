@@ -16,6 +16,7 @@ from unrolled import Run, UnrolledError
 from unrolled import folder as folder_module
 from unrolled.files import write_whole
 from unrolled.kernels import build
+from unrolled.nn.stream import Stream
 
 
 @pytest.fixture
@@ -74,7 +75,13 @@ def test_in_bf16_the_answers_are_nearly_the_same(toy_run: Run, character_run: Ru
                 run.predict("the").words, rounded.predict("the").words, strict=True
             ):
                 assert nearly == pytest.approx(value, rel=0.05, abs=0.005) or word != other
-            assert rounded.generate("the", length=20, temperature=0.0)
+            texts = [rounded.generate("the", length=20, seed=seed) for seed in range(5)]
+            assert texts == [rounded.generate_many("the", 1, length=20, seed=seed)[0] for seed in range(5)]
+            with rounded.rounded():
+                stream = Stream(rounded.model, rounded.model.initial_state(1))
+                expected = stream.read(torch.tensor([1]))
+                again = Stream(rounded.model, rounded.model.initial_state(1))
+            assert torch.equal(again.read(torch.tensor([1])), expected)
     with pytest.raises(UnrolledError, match="no precision 'f16'; it is f32 or bf16"):
         unrolled.load(toy_run.path, precision="f16")
 

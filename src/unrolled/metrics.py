@@ -20,6 +20,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [record for record in _records(path) if record is not None]
 
 
+def epochs_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those at the end of an epoch; the others are of a step."""
+    return [record for record in records if "nll_nats_per_token" not in record]
+
+
 def damaged_metrics(path: Path) -> list[int]:
     """The numbers of the lines, from 1, that are not as they were written."""
     return [number for number, record in enumerate(_records(path), start=1) if record is None]

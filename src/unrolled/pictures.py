@@ -15,6 +15,7 @@ import numpy as np
 from unrolled.data.tokens import shown
 from unrolled.errors import UnrolledError
 from unrolled.files import write_whole
+from unrolled.metrics import epochs_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,7 +90,7 @@ def _empty_chart() -> tuple["Figure", "Axes"]:
 
 
 def _epoch_steps(records: Records) -> float:
-    ends = [record for record in records if "nll_nats_per_token" not in record]
+    ends = epochs_of(records)
     return ends[0]["step"] / ends[0]["epoch"] if ends else max((record["step"] for record in records), default=1)
 
 

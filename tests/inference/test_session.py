@@ -5,14 +5,15 @@ import pytest
 import unrolled
 from unrolled.errors import UnrolledError
 from unrolled.inference.generate import Prediction
+from unrolled.inference.reading import Reading
 from unrolled.kernels import build
+from unrolled.nn.stream import Stream
 
 PIECES = ["", " the", " old dog", " ", "that sees the cats\n", "the girl " * 30, "zebra", " walks"]
 
 
 def same(one: Prediction, other: Prediction) -> bool:
-    values = [value for _, value in other.words]
-    return one.prefix == other.prefix and [value for _, value in one.words] == pytest.approx(values, abs=1e-4)
+    return one.prefix == other.prefix and dict(one.words) == pytest.approx(dict(other.words), abs=1e-4)
 
 
 @pytest.mark.parametrize("kernels", [True, False])
@@ -37,6 +38,8 @@ def test_more_than_one_thing_may_be_asked_of_a_place(toy_run: unrolled.Run) -> N
     for k, unknown in ((3, False), (1, False), (7, True), (10 * size, True), (2, False)):
         assert same(session.predict(k, unknown), toy_run.predict("the dog", k, unknown))
     session.read(" that")
+    with pytest.raises(UnrolledError, match="holds no white space"):
+        session.predict(4, typed="sees t")
     for typed in ("s", "se", "w"):
         found = session.predict(4, typed=typed)
         expected = toy_run.predict(f"the dog that {typed}", 4, complete=True)
@@ -45,6 +48,23 @@ def test_more_than_one_thing_may_be_asked_of_a_place(toy_run: unrolled.Run) -> N
     assert same(session.predict(5), toy_run.predict("the dog that", 5))
     session.read(" sees")
     assert same(session.predict(5), toy_run.predict("the dog that sees", 5))
+
+
+def test_broken_off_nothing_is_read(toy_run: unrolled.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for more in (" dog that sees", " girl" * 40):
+        session = toy_run.session("the")
+        session.predict(5)
+        session.read(more)
+        with monkeypatch.context() as broken:
+            for of in (Stream, Reading):
+                broken.setattr(of, "read" if of is Stream else "finish", broken_off)
+            with pytest.raises(KeyboardInterrupt):
+                session.predict(5)
+        assert same(session.predict(5), toy_run.predict(session.text, 5))
+
+
+def broken_off(*arguments: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_of_characters_too_and_what_is_unknown_to_them_is_refused(character_run: unrolled.Run) -> None:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import schemathesis
 import torch
@@ -18,10 +19,13 @@ from starlette.testclient import TestClient
 
 import unrolled
 from unrolled.inference.detokenize import detokenize
+from unrolled.inference.embeddings import map_tokens
+from unrolled.inference.reading import NOTHING, Unread
 from unrolled.nn.model import LanguageModel
 from unrolled.serving.app import make_app
+from unrolled.serving.engine import _read, _Texts
 from unrolled.serving.limits import Limits
-from unrolled.serving.schema import GenerateRequest, PredictRequest
+from unrolled.serving.schema import GenerateRequest, PredictRequest, ScoreRequest
 from unrolled.serving.service import Service
 
 TEXTS = ["the dog walks", "", "the dog sees a zebra", "a\nb\nthe dog", "  spaced   out  ", "the " * 300]
@@ -130,6 +134,10 @@ def test_a_session_reads_as_if_it_read_all_at_once(client: TestClient, toy_run: 
     completed = client.post(f"/sessions/{session['session']}", json={"typed": "d"}).json()
     expected_words = toy_run.predict(" ".join(words) + " d", complete=True).words
     assert [word["word"] for word in completed["words"]] == [word for word, _ in expected_words]
+    wrong = client.post(f"/sessions/{session['session']}", json={"text": " that", "typed": "s t"})
+    assert wrong.status_code == 422
+    assert "holds no white space" in wrong.json()["error"]["message"]
+    assert client.get(f"/sessions/{session['session']}").json()["tokens"] == len(words)
 
 
 def test_a_fork_goes_its_own_way(client: TestClient, toy_run: unrolled.Run) -> None:
@@ -218,24 +226,89 @@ def test_requests_that_wait_together_go_through_the_model_together(
     assert batches == [16]
 
 
-def test_a_long_request_does_not_stop_a_short_one(toy_run: unrolled.Run) -> None:
-    with served(toy_run) as client:
-        done: list[str] = []
+def test_a_request_of_no_texts_is_answered_beside_others(toy_run: unrolled.Run) -> None:
+    jobs = [_Texts(toy_run, texts, None) for texts in ([], [Unread(np.arange(3), NOTHING, follows=True)], [])]
+    assert list(_read(jobs))
+    assert [len(job.future.result(0)) for job in jobs] == [0, 1, 0]
 
-        def ask(name: str, path: str, request: dict[str, Any]) -> None:
-            assert client.post(path, json=request).status_code == 200
-            done.append(name)
 
-        requests = [
-            ("long", "/score", {"texts": "the dog walks\n" * 40_000}),
-            ("written", "/generate", {"length": 20, "seed": 1}),
-            ("short", "/predict", {"prefixes": "the"}),
+def test_many_predictions_are_made_a_portion_at_a_time(
+    client: TestClient, toy_run: unrolled.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = {"prefixes": [f"the {word}" for word in ("dog", "cat", "girl", "birds", "old")], "k": 3}
+    for length in (1, 2):
+        whole = client.post("/predict", json=request | {"length": length}).json()
+        with monkeypatch.context() as few:
+            few.setattr("unrolled.serving.service._MOST_FIGURES", 2 * len(toy_run.tokenizer))
+            parts = client.post("/predict", json=request | {"length": length}).json()
+        assert [[word["word"] for word in one["words"]] for one in parts["predictions"]] == [
+            [word["word"] for word in one["words"]] for one in whole["predictions"]
         ]
-        threads = [threading.Thread(target=ask, args=request) for request in requests]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+
+
+def test_one_who_goes_away_takes_no_map_from_others(toy_run: unrolled.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    goes_on = threading.Event()
+
+    def late(*arguments: Any) -> Any:
+        assert goes_on.wait(60)
+        return map_tokens(*arguments)
+
+    async def ask() -> tuple[int, int]:
+        service = Service({"toy": toy_run}, Limits())
+        first, second = (asyncio.ensure_future(service.map("toy", 20)) for _ in range(2))
+        await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.sleep(0)
+        goes_on.set()
+        sizes = len((await second).tokens), len((await service.map("toy", 20)).tokens)
+        service.close()
+        return sizes
+
+    monkeypatch.setattr("unrolled.serving.service.map_tokens", late)
+    assert asyncio.run(ask()) == (20, 20)
+
+
+def test_a_map_that_failed_is_tried_again(toy_run: unrolled.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ask() -> int:
+        service = Service({"toy": toy_run}, Limits())
+        with monkeypatch.context() as broken:
+            broken.setattr("unrolled.serving.service.map_tokens", lambda *arguments: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                await service.map("toy", 20)
+        tokens = (await service.map("toy", 20)).tokens
+        service.close()
+        return len(tokens)
+
+    assert asyncio.run(ask()) == 20
+
+
+def test_a_long_request_does_not_stop_a_short_one(toy_run: unrolled.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ask() -> list[str]:
+        service, goes_on, done = Service({"toy": toy_run}, Limits()), threading.Event(), list[str]()
+
+        async def score() -> None:
+            await service.score(ScoreRequest(texts="the dog walks\n" * 1_400))
+            done.append("long")
+
+        async def write() -> None:
+            async for _ in await service.generate(GenerateRequest(length=10, seed=1)):
+                pass
+            done.append("written")
+
+        async def predict() -> None:
+            await service.predict(PredictRequest(prefixes="the"))
+            done.append("short")
+
+        busy = asyncio.ensure_future(service.engine.last(iter(goes_on.wait, True)))
+        asked = [asyncio.ensure_future(one()) for one in (score, write, predict)]
+        await asyncio.sleep(0)  # each has run to where it waits for the engine
+        goes_on.set()
+        await asyncio.gather(busy, *asked)
+        service.close()
+        return done
+
+    monkeypatch.setattr("unrolled.inference.reading._TOKENS_AT_ONCE", 4)  # so that the long one takes 1,400 rounds
+    done = asyncio.run(ask())
     assert sorted(done) == ["long", "short", "written"]
     assert done[-1] == "long"
 
@@ -293,6 +366,12 @@ PROBLEMS: list[tuple[str, dict[str, Any] | str, int, str]] = [
     ("/predict", {"prefixes": [""] * 300, "k": 1000}, 422, "300,000 words of an answer are more than 200,000"),
     ("/predict", {"length": 2, "k": 201}, 422, "k must be at most 200, not 201"),
     ("/v1/completions", {"model": "toy", "prompt": ["the"] * 33, "n": 2}, 422, "66 samples are more than 64"),
+    (
+        "/v1/completions",
+        {"model": "toy", "prompt": "the " * 10_000, "max_tokens": 0, "echo": True, "logprobs": 20},
+        422,
+        "210,000 log-probabilities of an answer are more than 200,000",
+    ),
     ("/sessions/x", {"text": "a"}, 404, "no such session"),
     ("/v1/completions", {"model": "x"}, 404, "no model 'x'"),
     ("/v1/completions", {"model": "toy", "suffix": "x"}, 422, "suffix is not supported"),

@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "items": {"inference/score"},
     "serving": {"serving", "run", "inference", "data/tokens", "nn", "metrics"},
     "progress": set(),
-    "pictures": {"data/tokens"},
+    "pictures": {"data/tokens", "metrics"},
     "report": {"run", "folder", "metrics", "inference", "recipe", "pictures"},
     "options": {"recipe"},
     "answers": {"metrics"},

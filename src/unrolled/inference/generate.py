@@ -109,6 +109,17 @@ class Question:
         return Prediction(self.prefix, [(tokenizer.token(id), value) for id, value in pairs if value > 0])
 
 
+def next_token(tokenizer: Tokenizer, k: int = 10, unknown: bool = False, typed: str = "") -> Question:
+    """What comes after all that was read? The word that `typed` begins has not been read.
+
+    Raises:
+        UnrolledError: as `predict_many`, or `typed` is more than a word.
+    """
+    if any(map(str.isspace, typed)):
+        raise UnrolledError(f"a word that is being typed holds no white space, as {typed!r} does")
+    return Question(tokenizer, typed, k, unknown, complete=bool(typed))
+
+
 def last_word(text: str) -> str:
     """The word that is still being typed; "" after white space."""
     return "" if not text or text[-1].isspace() else text.split()[-1]
@@ -218,8 +229,7 @@ def generate_many(
     **sampling: Any,
 ) -> list[str]:
     """Several texts after one prompt, drawn side by side; the arguments are `generate`'s."""
-    drawing = Drawing(tokenizer, prompt, samples, length, seed, random_start, stop, Sampling(**sampling))
-    return ["".join(parts) for parts in zip(*drawing.through(model), strict=True)] or [""] * samples
+    return Drawing(tokenizer, prompt, samples, length, seed, random_start, stop, Sampling(**sampling)).texts(model)
 
 
 def sample(model: LanguageModel, tokenizer: Tokenizer, length: int, seed: int) -> str:
@@ -322,6 +332,10 @@ class Drawing:
             return None, pick(model.initial_state(1), samples)
         log_probs, states = read_prefix(model, self.prompt_ids)
         return log_probs.expand(len(samples), -1), pick(states, samples)
+
+    def texts(self, model: LanguageModel) -> list[str]:
+        """All that is drawn after the prompt."""
+        return ["".join(parts) for parts in zip(*self.through(model), strict=True)] or [""] * len(self.writers)
 
     def through(self, model: LanguageModel) -> Iterator[tuple[str, ...]]:
         """Reads the prompt, then draws to the end."""

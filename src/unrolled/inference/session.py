@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from unrolled.data.tokens import Tokenizer
-from unrolled.errors import UnrolledError
-from unrolled.inference.generate import Prediction, Question, prefix_ids
+from unrolled.inference.generate import Prediction, next_token, prefix_ids
 from unrolled.inference.reading import NOTHING, Reading, Unread
 from unrolled.nn.model import LanguageModel
 from unrolled.nn.stream import Stream
@@ -65,12 +64,11 @@ class Session:
                 probabilities given that it is one of them.
 
         Raises:
-            UnrolledError: k is less than 1, or words are to be completed by a model of other tokens.
+            UnrolledError: k is less than 1, `typed` is more than a word, or words are to be completed by a model of
+                other tokens.
         """
-        if k < 1:
-            raise UnrolledError(f"k must be at least 1, not {k}")
+        question = next_token(self.tokenizer, k, unknown, typed)
         if typed:
-            question = Question(self.tokenizer, typed, k, unknown, complete=True)
             return Prediction(self.text + typed, question.answer(self._following()).words)
         most = min(k + 1, len(self.tokenizer))  # one more, for one may be <unk>
         if len(self._unread) or len(self._likeliest) < most:
@@ -90,17 +88,21 @@ class Session:
         if not len(self._unread):
             self._stream.states = self._before
             return self._tensor(self._last)
-        *ids, self._last = self._unread.tolist()
+        (*ids, last), begin = self._unread.tolist(), _copied(self._stream.states)
+        try:
+            if len(ids) > _FEW:
+                with self._precision:
+                    reading = Reading(self.model, [Unread(np.array(ids), NOTHING)], begin).finish()
+                self._stream.states = reading.states
+            else:
+                for id in ids:
+                    self._stream.read(self._tensor(id))
+        except BaseException:  # Ctrl-C too: then nothing was read
+            self._stream.states = begin
+            raise
+        self._last, self._before = last, _copied(self._stream.states)
         self._unread, self._likeliest, self._log_probs = self._unread[:0], [], None
-        if len(ids) > _FEW:
-            with self._precision:
-                reading = Reading(self.model, [Unread(np.array(ids), NOTHING)], self._stream.states).finish()
-            self._stream.states = reading.states
-        else:
-            for id in ids:
-                self._stream.read(self._tensor(id))
-        self._before = _copied(self._stream.states)
-        return self._tensor(self._last)
+        return self._tensor(last)
 
     def _tensor(self, id: int) -> Tensor:
         return torch.tensor([id], device=self.model.device)

@@ -16,7 +16,7 @@ class Stream:
 
     Where kernels serve, the weights are laid out once when the stream is made and read from end to end for every token;
     else each token goes through the model. The weights must not change meanwhile. Made within `torch.autocast` it reads
-    them in bf16.
+    in bf16, wherever it is read.
 
     Args:
         model: in evaluation mode.
@@ -25,6 +25,8 @@ class Stream:
 
     def __init__(self, model: LanguageModel, states: LayerStates) -> None:
         self.model = model
+        kind = model.device.type
+        self._precision = torch.autocast(kind, torch.bfloat16, enabled=torch.is_autocast_enabled(kind))
         self._packed: Tensor | None = None
         layers = [layer for cell in model.layers if (layer := kernel_layer(cell))]
         decoder = model.decoder
@@ -76,5 +78,6 @@ class Stream:
 
     def _read_plain(self, ids: Tensor) -> Tensor:
         """The oracle of `read`."""
-        logits, self._states = self.model(ids.unsqueeze(0), self._states)
+        with self._precision:
+            logits, self._states = self.model(ids.unsqueeze(0), self._states)
         return logits[0].float().log_softmax(-1)

@@ -217,16 +217,19 @@ def _routes(service: Service, metrics: Metrics) -> APIRouter:
 
 async def _ready(answer: BaseModel, status: int = 200) -> Any:
     """The answer as it is sent; a large one is written out in a thread, for it would stop all others."""
-    large = _figures(answer) > _LARGE
+    large = _figures(answer) >= _LARGE
     content = await asyncio.to_thread(answer.model_dump_json) if large else answer.model_dump_json()
     return Response(content, status, media_type="application/json")
 
 
-def _figures(answer: BaseModel) -> int:
-    """How long its lists are, and those within them."""
-    lists = [part for _, part in answer if isinstance(part, list)]
-    within = [one for part in lists for item in part if isinstance(item, BaseModel) for _, one in item]
-    return sum(map(len, lists)) + sum(len(one) for one in within if isinstance(one, list))
+def _figures(part: Any) -> int:
+    """How long the lists of an answer are, and those within them, where it matters."""
+    if isinstance(part, BaseModel):
+        return sum(_figures(one) for _, one in part)
+    if not isinstance(part, list):
+        return 0
+    deep = part and isinstance(part[0], BaseModel) and len(part) < _LARGE
+    return len(part) + (sum(map(_figures, part)) if deep else 0)
 
 
 def _openai_model(name: str) -> dict[str, Any]:

@@ -54,6 +54,10 @@ class LogProbs(BaseModel):
     top_logprobs: list[dict[str, float] | None] | None = None
     text_offset: list[int] = []
 
+    def copied(self) -> "LogProbs":
+        """The same, in lists of its own."""
+        return self.model_copy(update={name: list(part) for name, part in self if part is not None})
+
     def extend(self, more: "LogProbs") -> None:
         """Appends those of the tokens that follow."""
         self.tokens += more.tokens
@@ -115,6 +119,7 @@ class Completing:
         )
         seed = new_seed() if request.seed is None else request.seed % (1 << 63)
         self.service.allow_drawing(len(self.prompts) * self.n, self.length)
+        figures = self.n * (1 + (request.logprobs or 0))
         wants, size = request.logprobs is not None, sum(map(len, self.prompts))
 
         def drawings() -> Iterator[tuple[Drawing, Unread]]:
@@ -128,6 +133,9 @@ class Completing:
                 yield drawing, Unread(ids, targets, top=request.logprobs or 0, follows=True)
 
         asked = await aside(size, lambda: list(drawings()))
+        if wants:
+            shown = sum(self.length + len(text.targets) for _, text in asked)
+            self.service.allow(shown * figures, "log-probabilities of an answer")
         reads = await self.service.read(run, [text for _, text in asked])
         heads = await aside(
             size, lambda: [self._head(prompt, read) for prompt, read in zip(self.prompts, reads, strict=True)]
@@ -208,7 +216,7 @@ class Completing:
         choices: dict[int, Choice] = {}
         async for step in self.steps():
             if step.index not in choices:
-                choices[step.index] = step.model_copy(deep=True)
+                choices[step.index] = step.model_copy(update={"logprobs": step.logprobs and step.logprobs.copied()})
                 continue
             choice = choices[step.index]
             choice.text += step.text

@@ -12,6 +12,7 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar, final
 
@@ -67,9 +68,10 @@ class _Texts:
 
 @dataclass
 class _Steps(Generic[T]):
-    """Anything else, in steps."""
+    """Anything else, in steps; in the precision of a run where there is one."""
 
     steps: Iterator[T]
+    run: Run | None
     future: "Future[T]" = field(default_factory=Future)
 
 
@@ -121,9 +123,9 @@ class Engine:
         self.tokens_read += sum(len(text.ids) for text in texts)
         return results
 
-    async def last(self, steps: Iterator[T]) -> T:
-        """The last of what an iterator yields, a step of it in each round."""
-        job = _Steps(steps)
+    async def last(self, steps: Iterator[T], run: Run | None = None) -> T:
+        """The last of what an iterator yields, a step of it in each round; in the precision of `run`, if any."""
+        job = _Steps(steps, run)
         self._submit(job)
         return await asyncio.wrap_future(job.future)
 
@@ -209,8 +211,11 @@ class Engine:
 
 def _stepped(job: "_Steps[Any]") -> Iterator[None]:
     try:
-        found = None
-        for found in job.steps:  # noqa: B007
+        found = step = None
+        while step is not job:
+            found = step
+            with job.run.rounded() if job.run else nullcontext():
+                step = next(job.steps, job)
             yield
             if job.future.cancelled():
                 return
@@ -250,20 +255,19 @@ def _read(jobs: list[_Texts]) -> Iterator[None]:
                 log_probs = reading.log_probs[row].clone() if texts[row].follows else None
                 states = pick(reading.states, [row])
                 found[job][number] = Read(reading.nats[row], reading.likeliest[row], log_probs, states)
-            for request, results in zip(jobs, found, strict=True):
-                if len(results) == len(request.texts) and not request.future.done():
-                    _settle(request.future, [results[number] for number in range(len(results))])
-        for request in jobs:  # those of no texts
-            if not request.texts:
-                _settle(request.future, [])
+            _settle(jobs, found)
+        _settle(jobs, found)  # those of no texts
     except Exception as error:
         for request in jobs:
             _fail(request.future, error)
 
 
-def _settle(future: "Future[list[Read]]", results: list[Read]) -> None:
-    if future.set_running_or_notify_cancel():
-        future.set_result(results)
+def _settle(jobs: list[_Texts], found: list[dict[int, Read]]) -> None:
+    """Answers the requests of which all texts have been read."""
+    for job, results in zip(jobs, found, strict=True):
+        whole = len(results) == len(job.texts)
+        if whole and not job.future.done() and job.future.set_running_or_notify_cancel():
+            job.future.set_result([results[number] for number in range(len(results))])
 
 
 def _state(job: _Texts, number: int) -> LayerStates:

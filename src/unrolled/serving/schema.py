@@ -144,7 +144,10 @@ class GenerateRequest(Request):
     top_p: float = Field(_DEFAULT.top_p, gt=0, le=1)
     min_p: float = Field(_DEFAULT.min_p, ge=0, le=1)
     repetition_penalty: float = Field(
-        _DEFAULT.repetition_penalty, ge=1, le=1e6, description="Of what stands in the prompt, or was drawn."
+        _DEFAULT.repetition_penalty,
+        ge=1,
+        le=1e6,
+        description="Of what stands in the prompt, or was drawn; of a session, its last 8 tokens.",
     )
     banned: list[Name] = Field([], max_length=1_000)
     unknown: bool = Field(_DEFAULT.unknown, description="Whether `<unk>` may be drawn.")
@@ -188,7 +191,7 @@ class ReadRequest(BaseModel):
     text: Words = ""
     k: int = Field(10, ge=0, le=1_000)
     unknown: bool = False
-    typed: Name = Field("", description="A word being typed after it, which is not read: what may become of it.")
+    typed: Name = Field("", description="One word being typed after it, which is not read: what may become of it.")
 
 
 class SessionAnswer(Answer):

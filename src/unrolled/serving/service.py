@@ -12,11 +12,11 @@ import torch
 
 from unrolled.errors import UnrolledError, did_you_mean
 from unrolled.inference.embeddings import map_tokens, neighbours
-from unrolled.inference.generate import Beam, Drawing, Question, new_seed, prefix_ids
+from unrolled.inference.generate import Beam, Drawing, Question, new_seed, next_token, prefix_ids
 from unrolled.inference.reading import NOTHING, Unread
 from unrolled.inference.sampling import Sampling
 from unrolled.inference.score import Score
-from unrolled.metrics import finite, read_metrics
+from unrolled.metrics import epochs_of, finite, read_metrics
 from unrolled.nn.unroll import LayerStates
 from unrolled.run import Run
 from unrolled.serving import schema
@@ -103,10 +103,17 @@ class Service:
         """The likeliest next tokens, or by beam search the likeliest next few."""
         name, run = self.run(request.model)
         prefixes = _listed(request.prefixes)
-        self._allow(len(prefixes) * request.k * request.length, "words of an answer")
-        if request.length > 1:
-            return schema.PredictAnswer(model=name, predictions=await self._beams(run, prefixes, request))
+        self.allow(len(prefixes) * request.k * request.length, "words of an answer")
+        answer = self._next_words if request.length == 1 else self._beams
+        portion = max(1, _MOST_FIGURES // len(run.tokenizer))
+        predictions = list[schema.Prediction]()
+        for first in range(0, len(prefixes), portion):
+            predictions += await answer(run, prefixes[first : first + portion], request)
+        return schema.PredictAnswer(model=name, predictions=predictions)
 
+    async def _next_words(
+        self, run: Run, prefixes: list[str], request: schema.PredictRequest
+    ) -> list[schema.Prediction]:
         def questions() -> list[Question]:
             return [
                 Question(run.tokenizer, prefix, request.k, request.unknown, request.complete) for prefix in prefixes
@@ -125,19 +132,23 @@ class Service:
                 for question, read in zip(asked, results, strict=True)
             ]
 
-        return schema.PredictAnswer(model=name, predictions=await aside(len(asked) * request.k, answers))
+        return await aside(len(asked) * len(run.tokenizer), answers)
 
     async def _beams(self, run: Run, prefixes: list[str], request: schema.PredictRequest) -> list[schema.Prediction]:
         if request.complete:
             raise Refused(422, "complete takes a length of 1", "complete")
         if request.k > _WIDEST:
             raise Refused(422, f"with a length of more than 1, k must be at most {_WIDEST}, not {request.k}", "k")
-        width = max(20, request.k)
-        beams = [Beam(run.tokenizer, prefix, request.length, request.k, width, request.unknown) for prefix in prefixes]
+
+        def searches() -> list[Beam]:
+            options = request.length, request.k, max(20, request.k), request.unknown
+            return [Beam(run.tokenizer, prefix, *options) for prefix in prefixes]
+
+        beams = await aside(len(prefixes) * len(run.tokenizer), searches)
         results = await self.read(run, [Unread(beam.prefix_ids, NOTHING, follows=True) for beam in beams])
         predictions = []
         for prefix, beam, read in zip(prefixes, beams, results, strict=True):
-            found = await self.engine.last(beam.through(run.model, _followed(read), read.states))
+            found = await self.engine.last(beam.through(run.model, _followed(read), read.states), run)
             words = _words([(text, math.exp(value)) for text, value in found])
             unknown = _unknown(run, beam.prefix_ids)
             predictions.append(schema.Prediction(prefix=prefix, unknown=unknown, words=words))
@@ -177,7 +188,7 @@ class Service:
         """Refuses to draw so many texts of so many tokens, where that is beyond the limits."""
         if texts > self.limits.samples:
             raise Refused(422, f"{texts} samples are more than {self.limits.samples}", "samples")
-        self._allow(texts * length)
+        self.allow(texts * length)
 
     # -------------------------------------------------------------------------------------------- sessions
 
@@ -194,17 +205,19 @@ class Service:
     async def begin(self, request: schema.SessionRequest) -> schema.SessionAnswer:
         """A new session, which has read the end of a line and then the text."""
         name, run = self.run(request.model)
+        question = next_token(run.tokenizer, request.k, request.unknown) if request.k else None
         ids = await aside(len(request.text), prefix_ids, run.tokenizer, request.text)
         (read,) = await self.read(run, [Unread(ids, ids[1:], follows=True)])
         session = self.sessions.begin(name, run, Place(read.states, _followed(read), len(ids) - 1, _last(ids)))
         tokens = await aside(len(ids), _tokens, run, request.text, ids[1:], read.nats)
-        return self._standing(session, tokens, request.k, request.unknown, "")
+        return _standing(session, tokens, question)
 
     async def go_on(self, id: str, request: schema.ReadRequest) -> schema.SessionAnswer:
         """A session reads more, a step for each token."""
         session = self.session(id)
         async with session.lock:
             run, place, tokens = session.run, session.place, list[schema.TokenScore]()
+            question = next_token(run.tokenizer, request.k, request.unknown, request.typed) if request.k else None
             ids = (await aside(len(request.text), run.tokenizer.encode, request.text)).astype(np.int64)
             if len(ids):
                 (read,) = await self.read(run, [Unread(ids, ids[1:], follows=True)], place.states)
@@ -212,33 +225,24 @@ class Service:
                 tokens = await aside(len(ids), _tokens, run, request.text, ids, nats)
                 last = _last(np.concatenate([place.last_ids, ids]))
                 self.sessions.go_on(session, Place(read.states, _followed(read), place.tokens + len(ids), last))
-            return self._standing(session, tokens, request.k, request.unknown, request.typed)
+            return _standing(session, tokens, question)
 
     def fork(self, id: str) -> schema.SessionAnswer:
         """A second session where the first stands."""
-        return self._standing(self.sessions.fork(self.session(id)), [], 10, False, "")
+        session = self.sessions.fork(self.session(id))
+        return _standing(session, [], next_token(session.run.tokenizer))
 
     def standing(self, id: str) -> schema.SessionAnswer:
         """Where a session stands."""
-        return self._standing(self.session(id), [], 10, False, "")
-
-    def _standing(
-        self, session: Session, read: list[schema.TokenScore], k: int, unknown: bool, typed: str
-    ) -> schema.SessionAnswer:
-        words = list[tuple[str, float]]()
-        if k:
-            question = Question(session.run.tokenizer, typed, k, unknown, complete=bool(typed))
-            words = question.answer(session.place.log_probs).words
-        return schema.SessionAnswer(
-            model=session.model, session=session.id, tokens=session.place.tokens, read=read, words=_words(words)
-        )
+        session = self.session(id)
+        return _standing(session, [], next_token(session.run.tokenizer))
 
     # -------------------------------------------------------------------------------------------- about the models
 
     async def embeddings(self, request: schema.EmbeddingsRequest) -> schema.EmbeddingsAnswer:
         """Neighbours of words, and their vectors."""
         name, run = self.run(request.model)
-        self._allow(len(request.words) * request.k, "words of an answer")
+        self.allow(len(request.words) * request.k, "words of an answer")
 
         def steps() -> Iterator[list[schema.Embedding]]:
             found: list[schema.Embedding] = []
@@ -268,14 +272,18 @@ class Service:
         key = (name, words)
         if key not in self._maps:
             self._maps[key] = _in_thread(map_tokens, run.model, run.tokenizer, words)
-        tokens, places = await asyncio.wrap_future(self._maps[key])
+        try:
+            tokens, places = await asyncio.wrap_future(self._maps[key])
+        except Exception:
+            self._maps.pop(key, None)
+            raise
         return schema.MapAnswer(model=name, tokens=tokens, places=[(float(x), float(y)) for x, y in places])
 
     def curves(self, name: str) -> schema.CurvesAnswer:
         """How the training of a model went."""
         name, run = self.run(name)
         fields = schema.CurvesAnswer.Epoch.model_fields
-        epochs = [finite(record) for record in read_metrics(run.folder) if "valid_perplexity" in record]
+        epochs = map(finite, epochs_of(read_metrics(run.folder)))
         return schema.CurvesAnswer(
             model=name,
             epochs=[schema.CurvesAnswer.Epoch(**{field: record.get(field) for field in fields}) for record in epochs],
@@ -283,7 +291,12 @@ class Service:
 
     # -------------------------------------------------------------------------------------------- within
 
-    def _allow(self, count: int, what: str = "tokens") -> None:
+    def allow(self, count: int, what: str = "tokens") -> None:
+        """Refuses more of something than a request may ask for.
+
+        Raises:
+            Refused: it does.
+        """
         if count > self.limits.tokens:
             raise Refused(422, f"{count:,} {what} are more than {self.limits.tokens:,}")
 
@@ -293,7 +306,7 @@ class Service:
         Raises:
             Refused: they are beyond them.
         """
-        self._allow(sum(len(text.ids) for text in texts))
+        self.allow(sum(len(text.ids) for text in texts))
         return await self.engine.read(run, texts, states)
 
 
@@ -309,6 +322,8 @@ def _followed(read: Read) -> torch.Tensor:
     return read.log_probs
 
 
+_MOST_FIGURES = 4_000_000
+"""Log-probabilities that are held at a time for one request."""
 _LARGE = 20_000
 """Characters or figures; what has more is not worked through on the event loop."""
 
@@ -321,6 +336,7 @@ async def aside(size: int, function: Callable[..., T], *arguments: Any) -> T:
 def _in_thread(function: Callable[..., T], *arguments: Any) -> "Future[T]":
     """What a function will return, from a thread that nobody waits for when the server ends."""
     future: Future[T] = Future()
+    future.set_running_or_notify_cancel()  # one who no longer waits for it cannot cancel it for others
 
     def run() -> None:
         try:
@@ -330,6 +346,12 @@ def _in_thread(function: Callable[..., T], *arguments: Any) -> "Future[T]":
 
     threading.Thread(target=run, daemon=True).start()
     return future
+
+
+def _standing(session: Session, read: list[schema.TokenScore], question: Question | None) -> schema.SessionAnswer:
+    place = session.place
+    words = _words(question.answer(place.log_probs).words) if question else []
+    return schema.SessionAnswer(model=session.model, session=session.id, tokens=place.tokens, read=read, words=words)
 
 
 def _last(ids: np.ndarray) -> np.ndarray:

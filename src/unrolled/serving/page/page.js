@@ -316,6 +316,7 @@ async function showMap() {
   const name = at("model").value;
   at("near").textContent = "…";
   const { tokens, places } = await get(`models/${encodeURIComponent(name)}/map?words=${at("count").value}`);
+  if (name !== at("model").value) return;
   at("near").textContent = readers.length > 1 ? `of ${name}` : "";
   const [xs, ys] = [0, 1].map((axis) => places.map((place) => place[axis]));
   const scaled = (values, length) => {

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from unrolled import Run
+from unrolled import Run, items
 from unrolled.cli import main
 from unrolled.data import archives
 from unrolled.data.embedded import toy_text
@@ -89,8 +89,14 @@ def test_evaluate_answers_with_every_figure(command: Command, toy_run: Run, writ
     }
     (paper,) = command.json("evaluate", toy_run.path, "--split", "valid", "--protocol", "paper")
     assert paper["tokens"] < answer["tokens"]
-    (other,) = command.json("evaluate", toy_run.path, "--data", write("mine.txt", "the dog walks\nbirds sing\n"))
+    text = write("mine.txt", "the dog walks\nbirds sing\n")
+    (other,) = command.json("evaluate", toy_run.path, "--data", text)
     assert (other["corpus"], other["split"], other["tokens"]) == ("mine.txt", "text", 6)
+    with zipfile.ZipFile(archive := text.with_name("mine.zip"), "w") as file:
+        for split in ("train", "valid", "test"):
+            file.write(text, f"{split}.txt")
+    (piped,) = command.json("evaluate", toy_run.path, "--data", "-", stdin=archive)
+    assert (piped["split"], piped["nll_nats"]) == ("test", other["nll_nats"])
     status, out, _ = command("evaluate", toy_run.path)
     assert status == 0
     assert "perplexity" in out
@@ -107,6 +113,12 @@ def test_predict_answers_for_one_prefix_or_many(command: Command, toy_run: Run, 
     assert many[1]["prefix"] == "birds"
     _, out, _ = command("predict", toy_run.path, "the dog", "-k", 3)
     assert out.split()[1::2] == [word["word"] for word in answer["words"]]
+
+
+def test_predict_answers_up_to_a_line_that_it_cannot_read(command: Command, character_run: Run, write: Write) -> None:
+    status, out, err = command("predict", character_run.path, "-k", 1, stdin=write("prefixes", "the\na\nQ\nthe\n"))
+    assert (status, out.count("…")) == (2, 2)
+    assert "standard input, line 3: the character 'Q' is not in the model's vocabulary" in err
 
 
 def test_generate_answers_and_streams_the_same(command: Command, toy_run: Run, write: Write) -> None:
@@ -151,6 +163,7 @@ def test_several_texts_are_written(command: Command, toy_run: Run) -> None:
     answers = command.json("generate", toy_run.path, *options, "--detokenize")
     assert len(answers) == 3
     for answer in answers:
+        assert answer["tokens"] == len(answer["text"].split()) + (answer["tokens"] < 100)  # the stop is a token too
         assert "\n" not in answer["text"]
         assert "walk" not in answer["text"].replace("walked", "").split()
         assert answer["detokenized"].startswith("the dog")
@@ -377,7 +390,7 @@ def test_figures_that_are_no_numbers_are_null(command: Command, toy_run: Run, wr
 
 
 def test_a_line_that_cannot_be_scored_is_said_in_its_place_and_the_rest_go_on(
-    command: Command, toy_run: Run, write: Write
+    command: Command, toy_run: Run, write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write("bad.txt", b"the dog\n\xffgood\n" + b"the " * 30 + b"\n\nthe dog")
     answers = command.json("score", toy_run.path, path, "--most-tokens", 20)
@@ -389,6 +402,10 @@ def test_a_line_that_cannot_be_scored_is_said_in_its_place_and_the_rest_go_on(
     status, out, err = command("score", toy_run.path, path, "--most-tokens", 20)
     assert (status, err) == (0, "unrolled: 2 of 5 lines could not be scored\n")
     assert out.count("[") == 2
+    monkeypatch.setattr(items, "_LONGEST", 1 << 20)
+    path = write("long.txt", b"the dog\n" + b"the " * (1 << 19) + b"\nthe dog\n")
+    answers = command.json("score", toy_run.path, path)
+    assert [answer.get("error") for answer in answers] == [None, "a line of more than 1 MiB", None]
 
 
 def test_scores_in_json_come_back_with_their_ids(command: Command, toy_run: Run, write: Write) -> None:
@@ -406,6 +423,9 @@ def test_scores_in_json_come_back_with_their_ids(command: Command, toy_run: Run,
     renamed = write("renamed.jsonl", '{"utt": "u", "hyp": "the dog walks"}\n')
     (answer,) = command.json("score", toy_run.path, renamed, "--from-json", "--text-field", "hyp", "--id-field", "utt")
     assert (answer["id"], answer["log_prob"]) == ("u", pytest.approx(answers[0]["log_prob"]))
+    endless = write("endless.jsonl", '{"text": "the", "score": ' + "9" * 400 + "}\n")
+    (answer,) = command.json("score", toy_run.path, endless, "--from-json")
+    assert answer["error"] == "'score' is no finite number"
 
 
 def test_logarithms_have_the_base_that_is_asked_for(command: Command, toy_run: Run, write: Write) -> None:
@@ -452,6 +472,10 @@ def test_the_oddest_lines_and_their_oddest_words(command: Command, toy_run: Run,
     path = write("log.txt", "\n\nthe the\nthe the\nbirds sing here\n")
     _, out, _ = command("score", toy_run.path, path, "--anomalies", 5)
     assert out.count("oddest: ") == 2  # no empty line, and equal ones once
+    status, out, _ = command("score", toy_run.path, path, "--anomalies", 5, "--no-begin", "--no-end")
+    assert (status, out.count("oddest: ")) == (0, 2)
+    path = write("log.txt", "dog\n")
+    assert command("score", toy_run.path, path, "--anomalies", 5, "--no-begin", "--no-end")[:2] == (0, "")
 
 
 def test_a_stream_is_answered_line_by_line(toy_run: Run) -> None:

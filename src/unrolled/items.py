@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 _MOST_WRONG = 10
+_LONGEST = 64 << 20  # bytes of a line
 
 
 @dataclass(frozen=True)
@@ -34,26 +35,45 @@ def read_items(file: str, read: Callable[[int, str], Item]) -> Iterator[list[Ite
     """
     if file == "-" and sys.stdin is None:
         raise UnrolledError("standard input is closed")
-    rest, number = b"", 0
+    line, number = _Line(), 0
     if file != "-" and not os.path.exists(file):
         raise UnrolledError(f"no file {file!r}; for a text itself: echo '…' | unrolled score RUN")
     with sys.stdin.buffer if file == "-" else open(file, "rb") as stream:
         while True:
             block = os.read(stream.fileno(), 1 << 16)
-            *lines, rest = (rest + block).split(b"\n")
-            if not block and rest:
-                lines, rest = [rest], b""
-            items = []
-            for line in lines:
-                number += 1
-                items.append(_read(read, number, line))
-            if items:
-                yield items
+            *ends, begin = block.split(b"\n")
+            lines = [line.ended(end) for end in ends]
+            line.add(begin)
+            if not block and line.size:
+                lines = [line.ended(b"")]
+            if lines:
+                yield [_read(read, number + place, whole) for place, whole in enumerate(lines, start=1)]
+            number += len(lines)
             if not block:
                 return
 
 
+class _Line:
+    """A line that comes in parts, of which no more is held than tells that it is too long."""
+
+    def __init__(self) -> None:
+        self.parts, self.size = list[bytes](), 0
+
+    def add(self, part: bytes) -> None:
+        if self.size <= _LONGEST:
+            self.parts.append(part)
+            self.size += len(part)
+
+    def ended(self, part: bytes) -> bytes:
+        self.add(part)
+        whole = b"".join(self.parts)
+        self.parts, self.size = [], 0
+        return whole
+
+
 def _read(read: Callable[[int, str], Item], number: int, line: bytes) -> Item:
+    if len(line) > _LONGEST:
+        return Item(number, line[:100].decode(errors="replace"), error=f"a line of more than {_LONGEST >> 20} MiB")
     text = line.decode(errors="replace")
     try:
         return read(number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r"))
@@ -80,7 +100,7 @@ def json_item(text_field: str, id_field: str, score_field: str) -> Callable[[int
         if not isinstance(object, dict) or not isinstance(text := object.get(text_field), str):
             raise UnrolledError(f"no object with a text {text_field!r}")
         other = object.get(score_field, 0.0)
-        if not isinstance(other, int | float) or isinstance(other, bool) or not math.isfinite(other):
+        if not isinstance(other, int | float) or isinstance(other, bool) or not abs(other) <= sys.float_info.max:
             raise UnrolledError(f"{score_field!r} is no finite number")
         id = object.get(id_field, number)
         return Item(id if isinstance(id, str | int | float) else json.dumps(id), text, float(other))

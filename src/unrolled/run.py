@@ -223,10 +223,9 @@ class Run:
                 f"the text that {self.path} was trained on, {self.recipe.data.corpus!r}, is no longer here; "
                 "pass it with --data"
             )
-        whole = open_text(data, encoding) if data is not None else None
-        corpus = whole or open_corpus(self.recipe.data.corpus if data is None else data, encoding)
+        corpus = open_corpus(self.recipe.data.corpus, encoding) if data is None else open_text(data, encoding)
         dataset = prepare_with(corpus, self.tokenizer)
-        split = "text" if whole else split
+        split = "text" if "text" in corpus.splits else split
         if split not in dataset.ids:
             raise UnrolledError(f"no split {split!r}; there are " + ", ".join(dataset.ids))
         expected = self.manifest["corpus"]["splits"].get(split, {}).get("sha256")

@@ -226,6 +226,14 @@ def test_an_archive_gives_its_splits_by_name(tmp_path: Path, make: Callable[...,
 
 
 @pytest.mark.parametrize("make", [make_tar, make_zip])
+def test_of_an_archive_of_a_folder_the_hidden_files_are_left_out(tmp_path: Path, make: Callable[..., Path]) -> None:
+    hidden = {"./._train.txt": b"x", "./.git/train.txt": b"x", "__MACOSX/train.txt": b"x"}
+    files = {f"./{name}": content for name, content in SPLIT_FILES.items()}
+    corpus = open_corpus(str(make(tmp_path / "corpus", hidden | files)))
+    assert "".join(read_text(corpus, "train")) == "train text here\n"
+
+
+@pytest.mark.parametrize("make", [make_tar, make_zip])
 def test_an_archive_of_one_file_is_one_text(tmp_path: Path, make: Callable[..., Path]) -> None:
     assert whole(make(tmp_path / "corpus", {"novel": LINES.encode()})) == LINES
 

@@ -131,8 +131,8 @@ def predict(
         Let <unk> be among them.
     """
     from unrolled.data.tokens import shown
-    from unrolled.inference.generate import last_word
-    from unrolled.items import plain_item, read_items
+    from unrolled.inference.generate import Question, last_word
+    from unrolled.items import Item, plain_item, read_items
 
     if complete and words != 1:
         raise UnrolledError("--complete and --words exclude each other")
@@ -160,9 +160,14 @@ def predict(
         if not found:
             notice(f"no word of this model begins with {typed!r}")
         return
-    for batch in read_items("-", plain_item):
+
+    def checked(number: int, line: str) -> Item:
+        Question(model.tokenizer, line, k, unknown, complete)
+        return plain_item(number, line)
+
+    for batch in read_items("-", checked):
         wrong = next((item for item in batch if item.error), None)
-        texts = [item.text for item in batch if not item.error]
+        texts = [item.text for item in batch[: batch.index(wrong) if wrong else None]]
         for text, pairs in zip(texts, answers(texts), strict=True):
             print_answer(text, pairs)
         if wrong:
@@ -240,14 +245,11 @@ def generate(
     prompt = utf8(prompt or "")
     model = unrolled.load(run, device, precision)
     from unrolled.inference.detokenize import detokenize as joined
-    from unrolled.inference.generate import new_seed
+    from unrolled.inference.generate import Drawing, new_seed
+    from unrolled.inference.sampling import Sampling
 
     seed = new_seed() if seed is None else seed
-    options: dict[str, Any] = {
-        "length": length,
-        "seed": seed,
-        "random_start": random_start,
-        "stop": stop,
+    sampling: dict[str, Any] = {
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
@@ -260,15 +262,17 @@ def generate(
     if samples == 1 and not json and not detokenize:
         piece = prompt
         print(prompt, end="", flush=True)
-        for piece in model.stream(prompt, **options):
+        for piece in model.stream(prompt, length=length, seed=seed, random_start=random_start, stop=stop, **sampling):
             print(piece, end="", flush=True)
         print("" if piece.endswith("\n") else "\n", end="")
         return
-    texts = model.generate_many(prompt, samples, **options)
+    drawing = Drawing(model.tokenizer, prompt, samples, length, seed, random_start, stop, Sampling(**sampling))
+    with model.rounded():
+        texts = drawing.texts(model.model)
     whole = [joined(prompt + text) if detokenize else prompt + text for text in texts]
-    for text, shown in zip(texts, whole, strict=True):
+    for text, shown, tokens in zip(texts, whole, drawing.tokens, strict=True):
         if json:
-            answer = {"prompt": prompt, "text": text, "tokens": length, "seed": seed}
+            answer = {"prompt": prompt, "text": text, "tokens": tokens, "seed": seed}
             print_json(answer | ({"detokenized": shown} if detokenize else {}))
         else:
             print(shown, end="\n\n" if samples > 1 else "\n")

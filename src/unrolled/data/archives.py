@@ -64,7 +64,7 @@ def extract(path: Path, choose: Callable[[list[str]], dict[str, str]], folder: P
     """
     try:
         with _members(path) as members:
-            chosen = choose([name for name in members if not re.search(r"(^|/)(\.|__MACOSX/)", name)])
+            chosen = choose([name for name in members if not re.search(r"(^|/)(\.(?!/)|__MACOSX/)", name)])
             left = MAX_BYTES
             for target, member in chosen.items():
                 with members[member]() as source, written_whole(folder / target) as copy:

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,9 @@ def _cached(corpus: Corpus, settings: dict[str, Any], make: Callable[[Path], Tok
     folder = cache_folder() / "ids" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(".incoming-*"):  # by one that was killed
-        if time.time() - left.stat().st_mtime > _LEFT_S:
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another has renamed it
+            if time.time() - left.stat().st_mtime > _LEFT_S:
+                shutil.rmtree(left, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=".incoming-", dir=folder.parent))
     try:
         tokenizer = make(work)

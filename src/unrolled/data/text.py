@@ -107,11 +107,13 @@ def open_corpus(name: str, encoding: str | None = "utf-8", fetch_missing: bool =
     return _one_file(title, path, encoding)
 
 
-def open_text(name: str, encoding: str | None = "utf-8") -> Corpus | None:
-    """A single plain file as one split, `text`, whole; None where `name` is anything else."""
+def open_text(name: str, encoding: str | None = "utf-8") -> Corpus:
+    """A single plain file, or standard input, as one split, `text`, whole; anything else as `open_corpus` has it."""
     path = _spool() if name == "-" else Path(name)
-    if name in KNOWN or not path.is_file() or archives.is_archive(path):
-        return None
+    if name in KNOWN or not path.is_file():
+        return open_corpus(name, encoding)
+    if archives.is_archive(path):
+        return _archive(path, encoding)
     title = "standard input" if name == "-" else path.name
     return Corpus(title, _files(title, {"text": _recoded(path, encoding)}, {"text": title}), encoding=encoding)
 

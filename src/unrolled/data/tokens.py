@@ -141,9 +141,9 @@ class Tokenizer:
             UnrolledError: it is not in the vocabulary, or several tokens.
         """
         if self.unit in ("word", "character"):
-            if word not in self.vocabulary:
+            if word not in self._ids:
                 raise UnrolledError(f"{word!r} is not in the model's vocabulary{did_you_mean(word, self.vocabulary)}")
-            return self.vocabulary.index(word)
+            return self._ids[word]
         encodings = [self.encode(text) for text in (f" {word}", word)]  # pieces nearly always begin with their space
         found = [ids for ids in encodings if len(ids) == 1]
         if not found:
@@ -244,7 +244,8 @@ class _Pieces:
             self._forget()
         known = len(self.numbering)
         numbers = self.words(text)
-        if fresh := list(itertools.islice(self.numbering, known, None)):
+        if len(self.numbering) > known:
+            fresh = list(itertools.islice(self.numbering, known, None))
             self.characters += sum(map(len, fresh))
             short = max(map(len, fresh)) < LONGEST_BPE_WORD
             backend = self.backend_for_short_words if short else self.backend

@@ -43,11 +43,11 @@ def oddest(
     """The lines with the highest nats per token, the oddest first, each with its oddest tokens.
 
     Only so many are held, however many there are. Of lines that are as odd the earlier comes first, of equal ones only
-    the first, and empty ones not at all.
+    the first, and those without tokens not at all.
     """
     held: list[tuple[float, int, Any, Score]] = []
     for number, (id, score) in enumerate(scores):
-        if score.text.strip() and not any(score.text == other.text for *_, other in held):
+        if score.text.strip() and score.tokens and not any(score.text == other.text for *_, other in held):
             heapq.heappush(held, (-score.log_prob / score.tokens, -number, id, score))
             if len(held) > lines:
                 heapq.heappop(held)

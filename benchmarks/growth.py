@@ -11,7 +11,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from unrolled.bench import peak_memory_mib
 from unrolled.data.dataset import prepare
 from unrolled.data.text import open_corpus
 from unrolled.data.tokens import Vocabulary
@@ -85,7 +85,7 @@ def measure(subject: str, grows: str, size: int, text: str | None, seconds: floa
         "size": size,
         "subject": subject,
         "tokens_per_second": round(tokens / (time.perf_counter() - begun)),
-        "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_memory_mib": round(peak_memory_mib()),
     }
 
 

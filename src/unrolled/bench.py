@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -137,12 +138,19 @@ def _serve(connection: Connection, recipe: str, task: str, subject: str, seconds
             if connection.recv() == "work":
                 connection.send(_seconds_a_step(work, count))
             else:
-                most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
-                connection.send(None if "=" in subject else most / (2**20 if sys.platform == "darwin" else 2**10))
+                connection.send(None if "=" in subject else peak_memory_mib())
     except UnrolledError as error:
         connection.send(error)
     except Exception as error:  # of a subject: torch.compile without a compiler, say
         connection.send(UnrolledError(f"{subject}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"))
+
+
+def peak_memory_mib() -> float:
+    """The most memory that this process has held."""
+    if (status := Path("/proc/self/status")).exists():  # on Linux what getrusage tells begins with the parent's
+        return int(status.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]) / 2**10
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
+    return most / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def _only_trains(subject: str) -> bool:

@@ -113,9 +113,10 @@ def _weights(path: Path, manifest: dict[str, Any]) -> Finding:
 
 
 def _metrics(path: Path) -> Finding:
-    lines = damaged_metrics(path)
+    lines, file = damaged_metrics(path), path / "metrics.jsonl"
     if not lines:
         return Finding("metrics.jsonl", "whole")
+    write_whole(file.with_name("metrics.jsonl.damaged"), file.read_bytes())
     rewrite_metrics(path, read_metrics(path))
     return Finding("metrics.jsonl", "repaired", f"without its damaged lines {', '.join(map(str, lines[:10]))}")
 

@@ -57,8 +57,10 @@ class Case:
 
     def tokens(self) -> Iterator[Tensor]:
         """Ids (1,) without end."""
+        ids = torch.from_numpy(self.ids[:1_000_000].astype(np.int64))
         while True:
-            yield from torch.from_numpy(self.ids[:1_000_000].astype(np.int64)).split(1)
+            for place in range(len(ids)):
+                yield ids[place : place + 1]
 
     @property
     def flop_per_token(self) -> float:
@@ -187,8 +189,14 @@ def _detached(state: Any) -> Any:
 
 
 def plain(task: str, case: Case, precision: str, compiled: bool = False) -> Work:
-    """The same work on PyTorch's own layers: cross_entropy, clip_grad_norm_, SGD; log_softmax, topk."""
+    """The same work on PyTorch's own layers: cross_entropy, clip_grad_norm_, SGD; log_softmax, topk.
+
+    Raises:
+        UnrolledError: the recipe is of what is not compared.
+    """
     training = case.recipe.training
+    if training.optimizer != "sgd" or case.recipe.model.tie_weights:
+        raise UnrolledError(f"{case.recipe.name} is not compared: only SGD and a decoder of its own are")
     network = _Plain(case).train(task == "train")
     forward: Any = torch.compile(network) if compiled else network
     optimizer = torch.optim.SGD(network.parameters(), lr=training.learning_rate)
@@ -233,7 +241,9 @@ def plain(task: str, case: Case, precision: str, compiled: bool = False) -> Work
 
 def products(case: Case) -> Work:
     """The matrix products of a training step by PyTorch in bf16, and nothing else: what they allow at these shapes."""
-    model, training = build_model(case.recipe.model, case.vocab_size), case.recipe.training
+    training = case.recipe.training
+    with build.switched_off():  # the kernels would change how this process takes memory
+        model = build_model(case.recipe.model, case.vocab_size)
     streams, tokens = training.batch_size, training.batch_size * training.num_steps
     shapes: list[tuple[int, int, int, int]] = []  # rows, depth, columns; how often
     for number, cell in enumerate(model.layers):

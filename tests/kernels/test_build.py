@@ -80,7 +80,7 @@ def test_without_a_compiler_the_way_out_is_named(empty_cache: Path, monkeypatch:
 
 
 @needs_compiler
-@pytest.mark.parametrize("level", [name for name in ("avx2", "portable") if name in ABLE])
+@pytest.mark.parametrize("level", ABLE[1:])
 def test_two_may_build_at_once_and_every_level_agrees_with_the_plain_twins(
     empty_cache: Path, monkeypatch: pytest.MonkeyPatch, level: str
 ) -> None:

@@ -123,7 +123,7 @@ def test_the_decoder_with_its_loss_agrees_with_whole_logits(
 
 
 @pytest.mark.parametrize("narrow", [False, True])
-@pytest.mark.parametrize("size", [1e2, 1e4])
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e15])
 @pytest.mark.parametrize("words", [20, 300])
 def test_no_logits_are_too_large(narrow: bool, size: float, words: int) -> None:
     torch.manual_seed(0)
@@ -357,6 +357,10 @@ def test_what_a_caller_gets_wrong_is_an_error_and_no_crash() -> None:
         nll, _, _ = model.nll(given_ids, given_ids, model.initial_state(2))
         results.append([nll, *torch.autograd.grad(nll, list(model.parameters()))])
     torch.testing.assert_close(results[1], results[0])
+    cell, state = CELLS["lstm"](3, 5), torch.zeros(2, 5)
+    for kind, c in ((0, None), (2, state)):
+        with pytest.raises(ValueError, match="an LSTM has cells, and nothing else has"):
+            torch.ops.unrolled.recurrent(ids, state, c, *cell.parameters(), kind, False)
     stream = Stream(model.eval(), model.initial_state(1))
     for k in (0, 301):
         with pytest.raises(ValueError, match="k must be at least 1"):
@@ -368,6 +372,34 @@ def test_what_a_caller_gets_wrong_is_an_error_and_no_crash() -> None:
     columns = torch.randint(300, (4, 3))
     one, other = (Stream(model, model.initial_state(4)) for _ in range(2))
     assert torch.equal(one.read(columns[:, 1]), other.read(columns[:, 1].contiguous()))
+
+
+def test_a_step_of_another_model_or_of_more_layers_than_it_can_is_no_step() -> None:
+    layer = ops.Layer("tanh", (torch.randn(7, 5), torch.randn(7, 7), torch.randn(7)))
+    packed = step.pack([layer], torch.randn(300, 5), torch.randn(300, 7), torch.randn(300), narrow=False)
+    with pytest.raises(ValueError, match="the state is not that of so many streams of this model"):
+        torch.ops.unrolled.step(packed, torch.tensor([1]), torch.zeros(7), 30)
+    model = LanguageModel(10, 0, [3] * 65).eval()
+    stream, plain = (Stream(model, model.initial_state(1)) for _ in range(2))
+    assert torch.equal(stream.read(torch.tensor([1])), plain._read_plain(torch.tensor([1])))
+
+
+def test_what_is_not_a_number_in_the_decoder_stays_so() -> None:
+    model = LanguageModel(100, 4, [5]).eval()
+    with torch.no_grad():
+        model.get_parameter("decoder.bias")[3] = torch.nan
+    for workers in (1, 2):
+        with threads(workers):
+            assert Stream(model, model.initial_state(1)).read(torch.tensor([1])).isnan().all()
+
+
+def test_a_state_that_was_taken_stays_as_it_was() -> None:
+    model = LanguageModel(20, 4, [5]).eval()
+    stream = Stream(model, model.initial_state(1))
+    before = stream.states
+    first = stream.read(torch.tensor([1]))
+    stream.states = before
+    assert torch.equal(stream.read(torch.tensor([1])), first)
 
 
 def test_without_kernels_an_operator_says_what_is_missing() -> None:

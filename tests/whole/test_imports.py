@@ -121,6 +121,7 @@ def test_every_module_has_its_place_in_the_order() -> None:
 
 
 ON_DISK = {
+    "bench",
     "data/archives",
     "data/dataset",
     "data/reading",

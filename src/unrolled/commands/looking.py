@@ -107,7 +107,12 @@ def embeddings(
         notice(f"{map}: {len(tokens)} tokens" + f", {unlabelled} without room for a label" * bool(unlabelled))
 
 
-def report(*runs: RunFolder, out: Path | None = None, words: int = 300) -> None:
+_SHOWN = "Run folders: one, or several side by side."
+
+
+def report(
+    *runs: Annotated[Path, Parameter(help=_SHOWN, show_default=False)], out: Path | None = None, words: int = 300
+) -> None:
     """One self-contained page about a run, or several side by side: curves, map, samples, recipe, provenance.
 
     Parameters

@@ -50,8 +50,12 @@ def score(
         Show every token with its log-probability and its surprisal in bits.
     from_json
         Lines are objects in JSON with a text, and perhaps an id, which comes back.
-    text_field, id_field, score_field
-        What these are called there.
+    text_field
+        What the text is called there.
+    id_field
+        What the id is called there.
+    score_field
+        What a score elsewhere is called there, for --nbest.
     base
         Of the logarithms.
     begin
@@ -67,8 +71,12 @@ def score(
     nbest
         Lines are an utterance's id, a score elsewhere and a hypothesis, parted by tabs (or in JSON): show each
         utterance's best, or all, the best first, by OTHER_WEIGHT * score + WEIGHT * log_prob + TOKEN_BONUS * tokens.
-    weight, other_weight, token_bonus
-        For nbest.
+    weight
+        Of this model's log-probability, for --nbest.
+    other_weight
+        Of the score elsewhere, for --nbest.
+    token_bonus
+        For each token, for --nbest.
     anomalies
         Show so many lines, the oddest by nats per token first, with their oddest words.
     """
@@ -278,8 +286,11 @@ def generate(
             print(shown, end="\n\n" if samples > 1 else "\n")
 
 
+_SERVED = "Run folders; each goes by its folder's name, and the first answers where none is named."
+
+
 def serve(
-    *runs: RunFolder,
+    *runs: Annotated[Path, Parameter(help=_SERVED, show_default=False)],
     host: str = "127.0.0.1",
     port: Whole = 8000,
     token: str | None = None,
@@ -298,8 +309,6 @@ def serve(
 
     Parameters
     ----------
-    runs
-        Run folders; each goes by its folder's name, and the first answers where none is named.
     host
         The address to listen at: as it is, only this machine can reach it; 0.0.0.0 for all who can reach this machine.
     port

@@ -11,7 +11,6 @@ from unrolled.inference.generate import Prediction, next_token, prefix_ids
 from unrolled.inference.reading import NOTHING, Reading, Unread
 from unrolled.nn.model import LanguageModel
 from unrolled.nn.stream import Stream
-from unrolled.nn.unroll import LayerStates
 
 _FEW = 16
 """Tokens that are read one by one; more of them go through the model as a window."""
@@ -88,7 +87,7 @@ class Session:
         if not len(self._unread):
             self._stream.states = self._before
             return self._tensor(self._last)
-        (*ids, last), begin = self._unread.tolist(), _copied(self._stream.states)
+        (*ids, last), begin = self._unread.tolist(), self._stream.states
         try:
             if len(ids) > _FEW:
                 with self._precision:
@@ -100,13 +99,9 @@ class Session:
         except BaseException:  # Ctrl-C too: then nothing was read
             self._stream.states = begin
             raise
-        self._last, self._before = last, _copied(self._stream.states)
+        self._last, self._before = last, self._stream.states
         self._unread, self._likeliest, self._log_probs = self._unread[:0], [], None
         return self._tensor(last)
 
     def _tensor(self, id: int) -> Tensor:
         return torch.tensor([id], device=self.model.device)
-
-
-def _copied(states: LayerStates) -> LayerStates:
-    return tuple(tuple(part.clone() for part in state) for state in states)

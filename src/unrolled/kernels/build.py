@@ -178,7 +178,7 @@ SIGNATURES = {
     "layer_size": "iiiqqp",
     "lay_out_layer": "iiiqq" + "p" * 6,
     "lay_out_decoder": "iqqpp",
-    "step_of_model": "piqppqpp",
+    "step_of_model": "piqppqqpp",
     "likeliest_of_model": "pippqqpp",
 }
 _TYPES = {"i": ctypes.c_int, "q": ctypes.c_int64, "p": ctypes.c_void_p, "f": ctypes.c_float, "d": ctypes.c_double}

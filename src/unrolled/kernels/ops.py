@@ -14,6 +14,8 @@ from unrolled.kernels.build import library
 
 KINDS = {"lstm": 0, "gru": 1, "tanh": 2, "relu": 3}
 _GATES = (4, 3, 1, 1)
+FEW_WORDS = 256
+"""Up to so many the decoder's threads share out tokens, not words; source/decoder.cpp has the same number."""
 SLOTS = (4, 4, 1, 1)
 """Of each kind, the gates that are computed and the numbers that are kept of each unit."""
 _NO_SUCH_ID, _NO_SUCH_STATE, _NO_SUCH_COUNT = 2, 3, 4
@@ -99,6 +101,8 @@ def _recurrent(
         outputs (T, B, H); the last cells (B, H), empty but for an LSTM; and for the backward pass the gates
         (T, B, U, S, 16) and cells (T, B, U, 16), units in U blocks of 16.
     """
+    if (c is None) != (kind != KINDS["lstm"]):
+        raise ValueError("an LSTM has cells, and nothing else has")
     inputs = inputs if inputs.is_floating_point() else _as_int64(inputs)
     (batch, size), gates_size = h.shape, _GATES[kind] * h.shape[1]
     shape = (*inputs.shape[:2], weight_ih.shape[1])[: 3 if inputs.is_floating_point() else 2]
@@ -232,7 +236,7 @@ def _decoder_nll(
         weight, bias: (V, H), (V,).
         targets: (N,) ids.
         narrow: bf16 operands.
-        keep: keep exponentials in bf16 for a backward pass, which otherwise makes them again.
+        keep: keep exponentials in bf16 for a backward pass, which otherwise makes them again; not those of few words.
 
     Returns:
         nll (N,) in nats; and for the backward pass shift (N,), sums (N,), exponentials (V, N) padded, or empty.
@@ -243,7 +247,7 @@ def _decoder_nll(
     call(
         "decoder_forward", narrow, torch.get_num_threads(), tokens, size, vocabulary, hidden.contiguous(),
         weight.contiguous(), bias.contiguous(), targets.contiguous(), nll, shift, sums,
-        exponentials if narrow and keep else None,
+        exponentials if exponentials.numel() else None,
     )  # fmt: skip
     return result
 
@@ -254,7 +258,8 @@ def _decoder_shapes(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     nll, shift, sums = (hidden.new_empty(tokens) for _ in range(3))
-    size = (vocabulary + 32, (tokens + 31) // 32 * 32) if narrow and keep else (0,)
+    kept = narrow and keep and vocabulary > FEW_WORDS
+    size = (vocabulary + 32, (tokens + 31) // 32 * 32) if kept else (0,)
     return nll, shift, sums, hidden.new_empty(size, dtype=torch.bfloat16)
 
 

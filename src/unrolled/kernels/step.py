@@ -11,7 +11,7 @@ from torch import Tensor
 from unrolled.kernels.ops import KINDS, SLOTS, Layer, call, expect, operators
 
 _HEADER, _LAYER = 8, 7
-_MOST_LAYERS = 64
+MOST_LAYERS = 64
 _REMEMBERED = 1024
 """Tokens whose product with the first layer's weights is kept, each in the place of its id modulo this."""
 
@@ -24,7 +24,7 @@ def pack(
     With `remembers` there is room beside them for what the first layer makes of a token, which need not be computed
     again when a single stream comes to it again; the bytes are then those of one reader at a time.
     """
-    itemsize, parts, size = 2 if narrow else 4, [], 8 * (_HEADER + _LAYER * _MOST_LAYERS)
+    itemsize, parts, size = 2 if narrow else 4, [], 8 * (_HEADER + _LAYER * MOST_LAYERS)
 
     def place(count: int, bytes_each: int) -> int:
         nonlocal size
@@ -78,9 +78,9 @@ def _step(packed: Tensor, ids: Tensor, state: Tensor, vocab_size: int) -> tuple[
         logits (B, V to a multiple of 16, the rest -inf) and the logarithm of the sum of their exponentials (B,).
     """
     logits, normaliser = _step_shapes(packed, ids, state, vocab_size)
-    ids = ids.long().contiguous()
-    size = state.numel()
-    call("step_of_model", packed, torch.get_num_threads(), len(ids), ids, state, size, logits, normaliser)
+    expect((ids, (len(ids),)), (state, (state.numel(),)))
+    ids, count = ids.long().contiguous(), torch.get_num_threads()
+    call("step_of_model", packed, count, len(ids), ids, state, state.numel(), vocab_size, logits, normaliser)
     return logits, normaliser
 
 

@@ -10,7 +10,6 @@ from torch.utils.checkpoint import checkpoint
 
 from unrolled.kernels import ops
 
-_FEW_WORDS = 256
 _MOST_LOGITS = 1 << 27
 _FAST_DEPTH, _SUMMED, _FAR = 32, 256, 1e30
 
@@ -76,7 +75,7 @@ def _is_narrow(decoder: nn.Module, hidden: Tensor) -> TypeGuard[nn.Linear]:
     """On PyTorch alone a vocabulary of characters is faster in f32."""
     return (
         isinstance(decoder, nn.Linear)
-        and decoder.out_features >= _FEW_WORDS
+        and decoder.out_features > ops.FEW_WORDS
         and torch.is_autocast_enabled(hidden.device.type)
     )
 

@@ -32,7 +32,7 @@ class Stream:
         decoder = model.decoder
         if (
             ops.serves(model.layers[0].weight_hh)
-            and len(layers) == len(model.layers)
+            and len(layers) == len(model.layers) <= step.MOST_LAYERS
             and isinstance(decoder, nn.Linear)
         ):
             embedding = model.embedding.weight if isinstance(model.embedding, nn.Embedding) else None
@@ -55,7 +55,7 @@ class Stream:
         if self._packed is None:
             return self._states
         parts = iter(self._parts())
-        return tuple(tuple(next(parts) for _ in state) for state in self._states)
+        return tuple(tuple(next(parts).clone() for _ in state) for state in self._states)
 
     @states.setter
     def states(self, states: LayerStates) -> None:

@@ -11,7 +11,7 @@ enum Kind { LSTM = 0, GRU = 1, TANH = 2, RELU = 3 };
 // vectors of units. `forward` finds in slot[s] the products of the step, leaves there what `backward` will read.
 
 struct Lstm {
-    static constexpr int SLOTS = 4, GATES = 4;
+    static constexpr int SLOTS = 4;
     static constexpr bool CELL = true;
     static constexpr int FROM_INPUT[] = {0, 1, 2, 3}, FROM_HIDDEN[] = {0, 1, 2, 3};  // i, f, g, o
 
@@ -38,7 +38,7 @@ struct Lstm {
 };
 
 struct Gru {
-    static constexpr int SLOTS = 4, GATES = 3;
+    static constexpr int SLOTS = 4;
     static constexpr bool CELL = false;
     static constexpr int FROM_INPUT[] = {0, 1, 2, -1}, FROM_HIDDEN[] = {0, 1, -1, 2};  // r, z, n by input, by hidden
 
@@ -59,7 +59,7 @@ struct Gru {
 };
 
 template <bool RECTIFIED> struct Elman {
-    static constexpr int SLOTS = 1, GATES = 1;
+    static constexpr int SLOTS = 1;
     static constexpr bool CELL = false;
     static constexpr int FROM_INPUT[] = {0}, FROM_HIDDEN[] = {0};
 
@@ -82,6 +82,20 @@ inline void slot_panel(const float* weight, int64_t hidden, int64_t u, int gate,
     int64_t first = u * PANEL, columns = std::min<int64_t>(PANEL, hidden - first);
     if (gate < 0) std::memset(panel, 0, panel_size<T>(k) * sizeof(T));
     else to_panel_from_columns<T>(weight + (gate * hidden + first) * k, k, columns, k, panel);
+}
+
+// The biases (S, 16) of block u; and for each of so many ids what a one-hot input adds to it, in rows of `width`.
+template <class Cell>
+inline void block_biases(
+    const float* weight_ih, const float* bias, int64_t hidden, int64_t u, float* biases, float* table, int64_t ids,
+    int64_t width) {
+    for (int s = 0; s < Cell::SLOTS; ++s)
+        for (int64_t j = 0; j < PANEL; ++j) {
+            const int64_t unit = u * PANEL + j, at = s * PANEL + j, row = Cell::FROM_INPUT[s] * hidden + unit;
+            const bool real = Cell::FROM_INPUT[s] >= 0 && unit < hidden;
+            biases[at] = real ? bias[row] : 0;
+            for (int64_t id = 0; id < ids; ++id) table[id * width + at] = real ? weight_ih[row * ids + id] : 0;
+        }
 }
 
 // The units from `from` on of a row of `size`.

@@ -35,11 +35,7 @@ static INLINE void logits_of(
 // Panels of the hidden layer, tokens across: this thread's share.
 template <class T>
 static INLINE void lay_tokens(Member me, const Problem& z, const float* hidden, T* tokens) {
-    const Share some = me.share(panels(z.tokens));
-    for (int64_t p = some.begin; p < some.end; ++p)
-        to_panel_from_columns<T>(
-            hidden + p * PANEL * z.hidden, z.hidden, std::min<int64_t>(PANEL, z.tokens - p * PANEL), z.hidden,
-            tokens + p * panel_size<T>(z.hidden));
+    rows_to_panels(hidden, z.tokens, z.hidden, me.share(panels(z.tokens)), tokens);
 }
 
 // hidden (N, H), weight (V, H), bias (V) -> nll (N), and for the backward pass shift (N), sums (N): a token's
@@ -248,11 +244,7 @@ static INLINE void logits_of_tokens(
 
 // Panels of the words, k over the hidden layer: this thread's share.
 template <class T> static INLINE void lay_words(Member me, const Problem& z, const float* weight, T* words) {
-    const Share some = me.share(panels(z.vocabulary));
-    for (int64_t p = some.begin; p < some.end; ++p)
-        to_panel_from_columns<T>(
-            weight + p * PANEL * z.hidden, z.hidden, std::min<int64_t>(PANEL, z.vocabulary - p * PANEL), z.hidden,
-            words + p * panel_size<T>(z.hidden));
+    rows_to_panels(weight, z.vocabulary, z.hidden, me.share(panels(z.vocabulary)), words);
 }
 
 // As `forward`, shift being the largest logit.

@@ -46,6 +46,16 @@ struct Workspace {
     template <class T> static size_t room(int64_t count) { return round_up(count * sizeof(T), 64) + 64; }
 };
 
+// A part of n things for each of `threads`, in whole multiples of `grain`.
+struct Share {
+    int64_t begin, end;
+    Share(int64_t n, int thread, int threads, int64_t grain = 1) {
+        int64_t grains = (n + grain - 1) / grain;
+        begin = std::min(n, grains * thread / threads * grain);
+        end = std::min(n, grains * (thread + 1) / threads * grain);
+    }
+};
+
 // ------------------------------------------------------------------------------------------------ laying out
 
 // Rows as they are: source (rows, columns) -> target (rows, width), zeros from columns on.
@@ -141,6 +151,13 @@ static void to_panel_from_columns(const float* source, int64_t k, int64_t column
         for (int64_t j = 0; j < PANEL; ++j)
             for (int64_t g = 0; g < G; ++g)
                 put1(panel + i * PANEL + j * G + g, j < columns && i + g < k ? source[j * ld + i + g] : 0);
+}
+
+// Those of some of the panels of n rows that run along k.
+template <class T> static void rows_to_panels(const float* source, int64_t n, int64_t k, Share some, T* target) {
+    for (int64_t p = some.begin; p < some.end; ++p)
+        to_panel_from_columns<T>(
+            source + p * PANEL * k, k, std::min<int64_t>(PANEL, n - p * PANEL), k, target + p * panel_size<T>(k));
 }
 
 // A panel out of operand rows that run along n: source (k, 16) -> (depth / G, 16, G).
@@ -362,16 +379,6 @@ static void multiply_exactly(
 }
 
 // ------------------------------------------------------------------------------------------------ threads
-
-// A part of n things for each of `threads`, in whole multiples of `grain`.
-struct Share {
-    int64_t begin, end;
-    Share(int64_t n, int thread, int threads, int64_t grain = 1) {
-        int64_t grains = (n + grain - 1) / grain;
-        begin = std::min(n, grains * thread / threads * grain);
-        end = std::min(n, grains * (thread + 1) / threads * grain);
-    }
-};
 
 // Where threads wait for each other, many times within a window: they spin, and give the processor away only when
 // the others take long.

@@ -68,21 +68,18 @@ static void forward(
     together(threads, [&](Member me) {
         Tiles tiles;
         const Share own = me.share(U);
-        for (int64_t u = own.begin; u < own.end; ++u)
+        for (int64_t u = own.begin; u < own.end; ++u) {
+            const int64_t at = u * S * PANEL;
+            block_biases<Cell>(weight_ih, bias, z.hidden, u, biases + at, table + at, ids ? z.inputs : 0, W);
             for (int s = 0; s < S; ++s) {
-                int gate = Cell::FROM_INPUT[s];
-                for (int64_t j = 0; j < PANEL; ++j) {
-                    int64_t unit = u * PANEL + j;
-                    bool real = gate >= 0 && unit < z.hidden;
-                    biases[(u * S + s) * PANEL + j] = real ? bias[gate * z.hidden + unit] : 0;
-                    if (ids)
-                        for (int64_t id = 0; id < z.inputs; ++id)
-                            table[id * W + (u * S + s) * PANEL + j] =
-                                real ? weight_ih[(gate * z.hidden + unit) * z.inputs + id] : 0;
-                }
-                if (!ids) slot_panel(weight_ih, z.hidden, u, gate, z.inputs, input_panels + (u * S + s) * from_input);
-                slot_panel(weight_hh, z.hidden, u, Cell::FROM_HIDDEN[s], z.hidden, hidden_panels + (u * S + s) * from_hidden);
+                const int64_t slot = u * S + s;
+                if (!ids)
+                    slot_panel(
+                        weight_ih, z.hidden, u, Cell::FROM_INPUT[s], z.inputs, input_panels + slot * from_input);
+                slot_panel(
+                    weight_hh, z.hidden, u, Cell::FROM_HIDDEN[s], z.hidden, hidden_panels + slot * from_hidden);
             }
+        }
         const Share part = me.share(rows);
         if (!ids)
             to_rows(
@@ -162,7 +159,7 @@ static void backward(
     workspace.reserve(
         Workspace::room<T>(hidden_panels * depth) + Workspace::room<T>(wanted ? input_panels * depth : 0) +
         Workspace::room<T>((rows + ROW_SLACK) * slot_ld) + Workspace::room<T>((W + ROW_SLACK) * long_ld) +
-        Workspace::room<T>((hidden_panels + (ids ? 0 : input_panels)) * long_depth) +
+        Workspace::room<T>(hidden_panels * long_depth) + Workspace::room<T>(ids ? 0 : input_panels * long_depth) +
         2 * Workspace::room<float>(z.batch * ld) + Workspace::room<float>(threads * W) +
         Workspace::room<float>(ids ? z.inputs * W : 0) + Workspace::room<float>(threads * std::max(rows, W) * PANEL));
     T* hidden_columns = workspace.take<T>(hidden_panels * depth);                   // weight_hh, k over slots

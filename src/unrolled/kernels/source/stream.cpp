@@ -33,20 +33,16 @@ template <class T, class Cell>
 static void lay_out(const Layer& layer, const float* weight_ih, const float* weight_hh, const float* bias, T* panel,
                     float* biases, float* table) {
     const int64_t width = panels(layer.hidden) * Cell::SLOTS * PANEL;
-    for (int64_t u = 0; u < panels(layer.hidden); ++u)
+    for (int64_t u = 0; u < panels(layer.hidden); ++u) {
+        const int64_t at = u * Cell::SLOTS * PANEL;
+        block_biases<Cell>(
+            weight_ih, bias, layer.hidden, u, biases + at, table + at, layer.one_hot ? layer.inputs : 0, width);
         for (int s = 0; s < Cell::SLOTS; ++s, panel += depth<T>(layer) * PANEL) {
-            const int gate = Cell::FROM_INPUT[s];
-            if (!layer.one_hot) slot_panel(weight_ih, layer.hidden, u, gate, layer.inputs, panel);
+            if (!layer.one_hot) slot_panel(weight_ih, layer.hidden, u, Cell::FROM_INPUT[s], layer.inputs, panel);
             slot_panel(
                 weight_hh, layer.hidden, u, Cell::FROM_HIDDEN[s], layer.hidden, panel + input_depth<T>(layer) * PANEL);
-            for (int64_t j = 0; j < PANEL; ++j) {
-                const int64_t unit = u * PANEL + j, at = (u * Cell::SLOTS + s) * PANEL + j;
-                const bool real = gate >= 0 && unit < layer.hidden;
-                biases[at] = real ? bias[gate * layer.hidden + unit] : 0;
-                for (int64_t id = 0; layer.one_hot && id < layer.inputs; ++id)
-                    table[id * width + at] = real ? weight_ih[(gate * layer.hidden + unit) * layer.inputs + id] : 0;
-            }
         }
+    }
 }
 
 // This thread's units of a layer: their products, their arithmetic, their place in the row of the layer above.
@@ -169,7 +165,7 @@ static void step(
                 float peak = most[b], total = 0;
                 for (int i = 1; i < me.threads; ++i) peak = std::max(peak, most[i * batch + b]);
                 for (int i = 0; i < me.threads; ++i)
-                    if (sums[i * batch + b] > 0) total += sums[i * batch + b] * std::exp(most[i * batch + b] - peak);
+                    if (sums[i * batch + b] != 0) total += sums[i * batch + b] * std::exp(most[i * batch + b] - peak);
                 normaliser[b] = peak + std::log(total);
             }
     });
@@ -198,10 +194,7 @@ extern "C" int lay_out_layer(
 extern "C" int lay_out_decoder(int narrow, int64_t hidden, int64_t vocabulary, const float* weight, void* target) {
     return with_operand(narrow, [&](auto operand) {
         using T = decltype(operand);
-        for (int64_t p = 0; p < panels(vocabulary); ++p)
-            to_panel_from_columns<T>(
-                weight + p * PANEL * hidden, hidden, std::min<int64_t>(PANEL, vocabulary - p * PANEL), hidden,
-                static_cast<T*>(target) + p * panel_size<T>(hidden));
+        rows_to_panels(weight, vocabulary, hidden, Share(panels(vocabulary), 0, 1), static_cast<T*>(target));
     });
 }
 
@@ -215,9 +208,10 @@ struct Header {
 
 // packed: written where it remembers. state: for each layer h (B, H), and for an LSTM c (B, H), one after the other; read and written.
 extern "C" int step_of_model(
-    char* packed, int threads, int64_t batch, const int64_t* ids, float* state, int64_t state_size, float* logits,
-    float* normaliser) {
+    char* packed, int threads, int64_t batch, const int64_t* ids, float* state, int64_t state_size, int64_t vocabulary,
+    float* logits, float* normaliser) {
     const Header& header = *reinterpret_cast<const Header*>(packed);
+    if (vocabulary != header.vocabulary) return NO_SUCH_STATE;
     if (!within(ids, batch, header.vocabulary)) return NO_SUCH_ID;
     Layer layers[64];
     for (int64_t l = 0; l < header.count; ++l) {
@@ -279,7 +273,7 @@ extern "C" int likeliest_of_model(
         return NO_MEMORY;
     }
     float normaliser, *logits = answer.take<float>(panels(vocabulary) * PANEL);
-    if (int failure = step_of_model(packed, threads, 1, id, state, state_size, logits, &normaliser)) return failure;
+    if (int failure = step_of_model(packed, threads, 1, id, state, state_size, vocabulary, logits, &normaliser)) return failure;
     find_largest(vocabulary, k, logits, places, log_probs);
     for (int64_t i = 0; i < k; ++i) log_probs[i] -= normaliser;
     return 0;

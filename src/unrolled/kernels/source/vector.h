@@ -30,6 +30,7 @@ static INLINE float largest(Vec v) { float s = v[0]; for (int i = 1; i < LANES; 
 // infinity beyond the range and for the infinities, NaN for NaN.
 static INLINE Vec exp(Vec x) {
 #if defined(__AVX512F__)
+    x = (Vec)_mm512_max_ps(_mm512_set1_ps(-110.0f), _mm512_min_ps(_mm512_set1_ps(110.0f), (__m512)x));  // NaN stays
     Vec n = (Vec)_mm512_roundscale_ps((__m512)(x * 1.44269504088896341f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
     const Vec low = splat(-87.33654f), high = splat(88.72283f);

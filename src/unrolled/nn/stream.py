@@ -16,7 +16,8 @@ class Stream:
 
     Where kernels serve, the weights are laid out once when the stream is made and read from end to end for every token;
     else each token goes through the model. The weights must not change meanwhile. Made within `torch.autocast` it reads
-    in bf16, wherever it is read.
+    in bf16, wherever it is read; but on the CPU without kernels in f32, for PyTorch would round all weights anew for
+    every token.
 
     Args:
         model: in evaluation mode.
@@ -26,7 +27,8 @@ class Stream:
     def __init__(self, model: LanguageModel, states: LayerStates) -> None:
         self.model = model
         kind = model.device.type
-        self._precision = torch.autocast(kind, torch.bfloat16, enabled=torch.is_autocast_enabled(kind))
+        narrow = torch.is_autocast_enabled(kind)
+        self._precision = torch.autocast(kind, torch.bfloat16, enabled=narrow and kind != "cpu")
         self._packed: Tensor | None = None
         layers = [layer for cell in model.layers if (layer := kernel_layer(cell))]
         decoder = model.decoder
@@ -36,7 +38,6 @@ class Stream:
             and isinstance(decoder, nn.Linear)
         ):
             embedding = model.embedding.weight if isinstance(model.embedding, nn.Embedding) else None
-            narrow = torch.is_autocast_enabled("cpu")
             alone = len(states[0][0]) == 1
             self._packed = step.pack(layers, embedding, decoder.weight, decoder.bias, narrow, remembers=alone)
         self.states = states

@@ -418,7 +418,10 @@ def test_scores_in_json_come_back_with_their_ids(command: Command, toy_run: Run,
     ]
     path = write("in.jsonl", "".join(json.dumps(line) + "\n" for line in lines) + "{not json\n")
     answers = command.json("score", toy_run.path, path, "--from-json")
-    assert [answer["id"] for answer in answers] == ["a", 2, 3, 4, '{"x": 1}', 6]
+    assert [answer["id"] for answer in answers] == ["a", 2, 7, 4, '{"x": 1}', 6]
+    _, out, err = command("score", toy_run.path, path, "--from-json", "--anomalies", 5)
+    assert out.count("  id a: the dog walks") == 1
+    assert "unrolled: id 7: no text 'text'" in err
     assert ["error" in answer for answer in answers] == [False, False, True, True, False, True]
     renamed = write("renamed.jsonl", '{"utt": "u", "hyp": "the dog walks"}\n')
     (answer,) = command.json("score", toy_run.path, renamed, "--from-json", "--text-field", "hyp", "--id-field", "utt")

@@ -108,10 +108,11 @@ class ScorePrinter:
         per_token: every token, too.
         base: of the logarithms: e, 2 or 10.
         json: objects, not rows.
+        ids: texts came with ids; else they go by their lines.
     """
 
-    def __init__(self, per_token: bool, base: str, json: bool) -> None:
-        self.per_token, self.json = per_token, json
+    def __init__(self, per_token: bool, base: str, json: bool, ids: bool) -> None:
+        self.per_token, self.json, self.ids = per_token, json, ids
         self.nats = {"e": 1.0, "2": math.log(2), "10": math.log(10)}[base]
         self.headed = False
 
@@ -145,7 +146,8 @@ class ScorePrinter:
             return
         named = ", ".join(f"{shown(token)} {-value / math.log(2):.1f}" for token, value in words)
         bits = -result.log_prob / result.tokens / math.log(2)
-        print(f"{bits:8.2f} bits a token  line {id}: {result.text}\n{'':10}oddest: {named}", flush=True)
+        place = f"id {id}" if self.ids else f"line {id}"
+        print(f"{bits:8.2f} bits a token  {place}: {result.text}\n{'':10}oddest: {named}", flush=True)
 
     def _answer(self, result: "Score") -> dict[str, Any]:
         answer: dict[str, Any] = {

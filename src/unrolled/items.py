@@ -97,13 +97,15 @@ def json_item(text_field: str, id_field: str, score_field: str) -> Callable[[int
             object = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UnrolledError("not JSON") from error
-        if not isinstance(object, dict) or not isinstance(text := object.get(text_field), str):
-            raise UnrolledError(f"no object with a text {text_field!r}")
-        other = object.get(score_field, 0.0)
+        if not isinstance(object, dict):
+            raise UnrolledError("no object in JSON")
+        id, text, other = object.get(id_field, number), object.get(text_field), object.get(score_field, 0.0)
+        id = id if isinstance(id, str | int | float) else json.dumps(id)
+        if not isinstance(text, str):
+            return Item(id, line, error=f"no text {text_field!r}")
         if not isinstance(other, int | float) or isinstance(other, bool) or not abs(other) <= sys.float_info.max:
-            raise UnrolledError(f"{score_field!r} is no finite number")
-        id = object.get(id_field, number)
-        return Item(id if isinstance(id, str | int | float) else json.dumps(id), text, float(other))
+            return Item(id, text, error=f"{score_field!r} is no finite number")
+        return Item(id, text, float(other))
 
     return read
 

@@ -43,6 +43,7 @@ def test_more_than_one_thing_may_be_asked_of_a_place(toy_run: unrolled.Run) -> N
     for typed in ("s", "se", "w"):
         found = session.predict(4, typed=typed)
         expected = toy_run.predict(f"the dog that {typed}", 4, complete=True)
+        assert found.prefix == expected.prefix
         assert [word for word, _ in found.words] == [word for word, _ in expected.words]
         assert [value for _, value in found.words] == pytest.approx([value for _, value in expected.words], abs=1e-3)
     assert same(session.predict(5), toy_run.predict("the dog that", 5))

@@ -394,6 +394,12 @@ def test_a_mistake_is_one_line_that_names_it(
     assert error["type"] == "invalid_request_error"
 
 
+def test_a_request_that_does_not_say_that_it_is_json_is_told_to(client: TestClient) -> None:
+    response = client.post("/predict", content=b'{"prefixes": "the"}')
+    assert response.status_code == 422
+    assert "Content-Type: application/json" in response.json()["error"]["message"]
+
+
 def test_a_request_of_too_many_bytes_is_refused_however_it_comes(toy_run: unrolled.Run) -> None:
     with served(toy_run, limits=Limits(body_bytes=1000)) as client:
         body = json.dumps({"texts": "a" * 2000}).encode()

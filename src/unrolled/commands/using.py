@@ -49,7 +49,7 @@ def score(
     per_token
         Show every token with its log-probability and its surprisal in bits.
     from_json
-        Lines are objects in JSON with a text, and perhaps an id, which comes back.
+        Lines are objects in JSON with a text, and perhaps an id, which --json and --anomalies answer with.
     text_field
         What the text is called there.
     id_field
@@ -89,7 +89,7 @@ def score(
     model = unrolled.load(run, device, precision)
     scorer = model.scorer(begin=begin, end=end, unknown=unknown, most_tokens=most_tokens)
     scored = Scored(scorer, read_items(file, read), carry)
-    printer = ScorePrinter(per_token, base, json)
+    printer = ScorePrinter(per_token, base, json, ids=from_json)
     if nbest:
         found = rescore(
             (Hypothesis(item.id, item.other, result) for item, result in scored.scores()),
@@ -107,7 +107,7 @@ def score(
         for item, result in scored:
             printer.line(item, result)
     for wrong in scored.wrong:
-        notice(f"line {wrong}")
+        notice(f"{'id' if from_json else 'line'} {wrong}")
     if scored.failed:
         notice(f"{scored.failed} of {scored.seen} lines could not be scored")
 

@@ -68,7 +68,8 @@ class Session:
         """
         question = next_token(self.tokenizer, k, unknown, typed)
         if typed:
-            return Prediction(self.text + typed, question.answer(self._following()).words)
+            space = " " if self.text and not self.text[-1].isspace() else ""
+            return Prediction(self.text + space + typed, question.answer(self._following()).words)
         most = min(k + 1, len(self.tokenizer))  # one more, for one may be <unk>
         if len(self._unread) or len(self._likeliest) < most:
             values, ids = self._stream.likeliest(self._next_id(), most)

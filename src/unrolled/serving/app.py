@@ -304,6 +304,8 @@ def _validation_error(request: Request, error: Exception) -> Response:
     first = next((e for e in found if e["type"] not in ("string_type", "list_type")), found[0])  # not "or a string"
     place = ".".join(str(part) for part in first["loc"] if str(part).isidentifier() or isinstance(part, int))
     place = place.removeprefix("body.").removeprefix("query.").removeprefix("path.").removesuffix(".str")
+    if place == "body" and not request.headers.get("content-type", "").startswith("application/json"):
+        return problem(422, "a request in JSON wants the header Content-Type: application/json")
     if first["type"] == "json_invalid":
         return problem(400, f"the request is not JSON: {first['ctx']['error']}")
     return problem(422, f"{place or 'the request'}: {first['msg']}", place or None)

@@ -241,6 +241,8 @@ def test_many_predictions_are_made_a_portion_at_a_time(
         with monkeypatch.context() as few:
             few.setattr("unrolled.serving.service._MOST_FIGURES", 2 * len(toy_run.tokenizer))
             parts = client.post("/predict", json=request | {"length": length}).json()
+            many = {"prefixes": ["the " * 80_000] * 3, "k": 1, "length": length}
+            assert "240,003 tokens are more than" in client.post("/predict", json=many).json()["error"]["message"]
         assert [[word["word"] for word in one["words"]] for one in parts["predictions"]] == [
             [word["word"] for word in one["words"]] for one in whole["predictions"]
         ]

@@ -55,7 +55,18 @@ MAY_IMPORT: dict[str, set[str]] = {
 PRINT = ("commands", "answers", "progress")
 """They alone write to the terminal; what a command needs it imports when it runs."""
 ORDER = {
-    "data": ["embedded", "archives", "reading", "text", "words", "backends", "tokens", "dataset", "batches"],
+    "data": [
+        "embedded",
+        "archives",
+        "reading",
+        "incoming",
+        "text",
+        "words",
+        "backends",
+        "tokens",
+        "dataset",
+        "batches",
+    ],
     "kernels": ["build", "ops", "step"],
     "nn": ["cells", "unroll", "loss", "dropout", "model", "stream"],
     "commands": ["making", "using", "looking"],
@@ -63,6 +74,7 @@ ORDER = {
     "serving": [
         "schema",
         "limits",
+        "aside",
         "engine",
         "sessions",
         "writing",
@@ -124,6 +136,7 @@ ON_DISK = {
     "bench",
     "data/archives",
     "data/dataset",
+    "data/incoming",
     "data/reading",
     "data/text",
     "data/tokens",

@@ -3,8 +3,6 @@
 'ptb'  mine.txt  folder/  texts.tgz  -     ->     Corpus{train, valid, test: Split(file, start, stop)}
 """
 
-import codecs
-import hashlib
 import os
 import re
 import sys
@@ -14,6 +12,7 @@ from itertools import combinations
 from pathlib import Path
 
 from unrolled.data import archives, embedded
+from unrolled.data.incoming import recoded, spooled
 from unrolled.data.reading import Corpus, Split
 from unrolled.errors import UnrolledError, did_you_mean
 from unrolled.files import cache_folder, sha256_of, write_whole, written_whole
@@ -91,7 +90,7 @@ def open_corpus(name: str, encoding: str | None = "utf-8", fetch_missing: bool =
         return _known(name, source)
     if not name:
         raise UnrolledError("the name of the corpus is empty")
-    path = _spool() if name == "-" else Path(name)
+    path = spooled() if name == "-" else Path(name)
     if not path.exists():
         hint = did_you_mean(name, KNOWN) or "; give a file, a folder, an archive, - or one of " + ", ".join(KNOWN)
         raise UnrolledError(f"no corpus or file {name!r}{hint}")
@@ -99,8 +98,8 @@ def open_corpus(name: str, encoding: str | None = "utf-8", fetch_missing: bool =
     if path.is_dir():
         files = {split: Path(name) for split, name in _named_splits(title, _listing(path)).items()}
         names = {split: file.name for split, file in files.items()}
-        recoded = {split: _recoded(file, encoding) for split, file in files.items()}
-        return Corpus(title, _files(title, recoded, names), encoding=encoding)
+        paths = {split: recoded(file, encoding) for split, file in files.items()}
+        return Corpus(title, _files(title, paths, names), encoding=encoding)
     _refuse_other_kinds(path)
     if archives.is_archive(path):
         return _archive(path, encoding)
@@ -109,13 +108,13 @@ def open_corpus(name: str, encoding: str | None = "utf-8", fetch_missing: bool =
 
 def open_text(name: str, encoding: str | None = "utf-8") -> Corpus:
     """A single plain file, or standard input, as one split, `text`, whole; anything else as `open_corpus` has it."""
-    path = _spool() if name == "-" else Path(name)
+    path = spooled() if name == "-" else Path(name)
     if name in KNOWN or not path.is_file():
         return open_corpus(name, encoding)
     if archives.is_archive(path):
         return _archive(path, encoding)
     title = "standard input" if name == "-" else path.name
-    return Corpus(title, _files(title, {"text": _recoded(path, encoding)}, {"text": title}), encoding=encoding)
+    return Corpus(title, _files(title, {"text": recoded(path, encoding)}, {"text": title}), encoding=encoding)
 
 
 def text_is_there(name: str) -> bool:
@@ -280,7 +279,7 @@ def _archive(path: Path, encoding: str | None) -> Corpus:
     copies = archives.extract(path, choose, cache_folder() / "texts" / sha256_of(path))
     if "text.txt" in copies:
         return _one_file(path.name, copies["text.txt"], encoding)
-    paths = {split: _recoded(copies[f"{split}.txt"], encoding) for split in SPLITS}
+    paths = {split: recoded(copies[f"{split}.txt"], encoding) for split in SPLITS}
     names = {split: Path(chosen[f"{split}.txt"]).name for split in SPLITS}
     return Corpus(path.name, _files(path.name, paths, names), encoding=encoding)
 
@@ -310,7 +309,7 @@ def _named_splits(title: str, names: list[str]) -> dict[str, str]:
 
 
 def _one_file(title: str, path: Path, encoding: str | None) -> Corpus:
-    clean = _recoded(path, encoding)
+    clean = recoded(path, encoding)
     size = clean.stat().st_size
     if size == 0:
         raise UnrolledError(f"{title} is empty")
@@ -350,22 +349,6 @@ def _files(title: str, paths: dict[str, Path], names: dict[str, str] | None = No
     return splits
 
 
-def _spool() -> Path:
-    """Standard input as a file in the cache, named by its hash."""
-    if sys.stdin is None:
-        raise UnrolledError("standard input is closed")
-    stream = sys.stdin.buffer
-    digest = hashlib.sha256()
-    incoming = cache_folder() / "texts" / f"incoming-{os.getpid()}"
-    with written_whole(incoming) as file:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-            file.write(block)
-    path = incoming.with_name(f"stdin-{digest.hexdigest()}.txt")
-    incoming.replace(path)
-    return path
-
-
 def _refuse_other_kinds(path: Path) -> None:
     if not path.is_file():
         raise UnrolledError(f"{path} is neither a file nor a folder")
@@ -374,32 +357,3 @@ def _refuse_other_kinds(path: Path) -> None:
     for mark, unpack in ((b"\x1f\x8b", "gunzip"), (b"BZh", "bunzip2"), (b"\xfd7zX", "unxz")):
         if start.startswith(mark) and not archives.is_archive(path):
             raise UnrolledError(f"{path.name} is compressed; {unpack} -c {path.name} | unrolled train --data -")
-
-
-def _reason(error: UnicodeError) -> str:
-    return error.reason if isinstance(error, UnicodeDecodeError | UnicodeEncodeError) else str(error)
-
-
-def _recoded(path: Path, encoding: str | None) -> Path:
-    """`path`, or where it is not UTF-8 by the user's word, a UTF-8 copy in the cache."""
-    if encoding is None:
-        return path
-    try:
-        codec = codecs.lookup(encoding)
-        "".encode(encoding)  # refuses codecs that are not of text, such as hex
-    except (LookupError, ValueError) as error:
-        raise UnrolledError(f"no encoding named {encoding!r}; try utf-8, utf-16, latin-1, cp1252") from error
-    if codec.name == "utf-8":
-        return path
-    copy = cache_folder() / "texts" / f"{sha256_of(path)}-{codec.name}.txt"
-    if not copy.is_file():
-        decoder = codec.incrementaldecoder()
-        with path.open("rb") as file, written_whole(copy) as target:
-            try:
-                while block := file.read(1 << 20):
-                    target.write(decoder.decode(block).encode())
-                target.write(decoder.decode(b"", final=True).encode())
-            except UnicodeError as error:
-                before = f"before byte {file.tell():,}"
-                raise UnrolledError(f"{path.name} is not {encoding}, {before}: {_reason(error)}") from error
-    return copy

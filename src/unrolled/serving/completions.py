@@ -12,10 +12,11 @@ from unrolled.inference.generate import Drawing, going_on, new_seed
 from unrolled.inference.reading import Unread
 from unrolled.inference.sampling import Sampling
 from unrolled.run import Run
+from unrolled.serving.aside import aside
 from unrolled.serving.engine import Drawn, Read
 from unrolled.serving.limits import Refused
 from unrolled.serving.schema import Name, Stops, Words
-from unrolled.serving.service import Service, aside
+from unrolled.serving.service import Service
 from unrolled.serving.writing import Writing
 
 _MOST_LIKELIEST = 20

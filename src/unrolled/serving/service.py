@@ -2,8 +2,7 @@
 
 import asyncio
 import math
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar, final
 
@@ -20,6 +19,7 @@ from unrolled.metrics import epochs_of, finite, read_metrics
 from unrolled.nn.unroll import LayerStates
 from unrolled.run import Run
 from unrolled.serving import schema
+from unrolled.serving.aside import aside, in_thread
 from unrolled.serving.engine import Engine, Read
 from unrolled.serving.limits import Limits, Refused
 from unrolled.serving.sessions import Place, Session, Sessions
@@ -104,22 +104,24 @@ class Service:
         name, run = self.run(request.model)
         prefixes = _listed(request.prefixes)
         self.allow(len(prefixes) * request.k * request.length, "words of an answer")
-        answer = self._next_words if request.length == 1 else self._beams
-        portion = max(1, _MOST_FIGURES // len(run.tokenizer))
-        predictions = list[schema.Prediction]()
-        for first in range(0, len(prefixes), portion):
-            predictions += await answer(run, prefixes[first : first + portion], request)
-        return schema.PredictAnswer(model=name, predictions=predictions)
 
-    async def _next_words(
-        self, run: Run, prefixes: list[str], request: schema.PredictRequest
-    ) -> list[schema.Prediction]:
         def questions() -> list[Question]:
             return [
                 Question(run.tokenizer, prefix, request.k, request.unknown, request.complete) for prefix in prefixes
             ]
 
         asked = await aside(sum(map(len, prefixes)), questions)
+        self.allow(sum(len(question.ids) for question in asked))
+        answer = self._next_words if request.length == 1 else self._beams
+        portion = max(1, _MOST_FIGURES // len(run.tokenizer))
+        predictions = list[schema.Prediction]()
+        for first in range(0, len(asked), portion):
+            predictions += await answer(run, asked[first : first + portion], request)
+        return schema.PredictAnswer(model=name, predictions=predictions)
+
+    async def _next_words(
+        self, run: Run, asked: list[Question], request: schema.PredictRequest
+    ) -> list[schema.Prediction]:
         results = await self.read(run, [Unread(question.ids, NOTHING, follows=True) for question in asked])
 
         def answers() -> list[schema.Prediction]:
@@ -134,7 +136,7 @@ class Service:
 
         return await aside(len(asked) * len(run.tokenizer), answers)
 
-    async def _beams(self, run: Run, prefixes: list[str], request: schema.PredictRequest) -> list[schema.Prediction]:
+    async def _beams(self, run: Run, asked: list[Question], request: schema.PredictRequest) -> list[schema.Prediction]:
         if request.complete:
             raise Refused(422, "complete takes a length of 1", "complete")
         if request.k > _WIDEST:
@@ -142,16 +144,16 @@ class Service:
 
         def searches() -> list[Beam]:
             options = request.length, request.k, max(20, request.k), request.unknown
-            return [Beam(run.tokenizer, prefix, *options) for prefix in prefixes]
+            return [Beam(run.tokenizer, question.prefix, *options) for question in asked]
 
-        beams = await aside(len(prefixes) * len(run.tokenizer), searches)
+        beams = await aside(len(asked) * len(run.tokenizer), searches)
         results = await self.read(run, [Unread(beam.prefix_ids, NOTHING, follows=True) for beam in beams])
         predictions = []
-        for prefix, beam, read in zip(prefixes, beams, results, strict=True):
+        for question, beam, read in zip(asked, beams, results, strict=True):
             found = await self.engine.last(beam.through(run.model, _followed(read), read.states), run)
             words = _words([(text, math.exp(value)) for text, value in found])
             unknown = _unknown(run, beam.prefix_ids)
-            predictions.append(schema.Prediction(prefix=prefix, unknown=unknown, words=words))
+            predictions.append(schema.Prediction(prefix=question.prefix, unknown=unknown, words=words))
         return predictions
 
     # -------------------------------------------------------------------------------------------- texts
@@ -271,7 +273,7 @@ class Service:
         name, run = self.run(name)
         key = (name, words)
         if key not in self._maps:
-            self._maps[key] = _in_thread(map_tokens, run.model, run.tokenizer, words)
+            self._maps[key] = in_thread(map_tokens, run.model, run.tokenizer, words)
         try:
             tokens, places = await asyncio.wrap_future(self._maps[key])
         except Exception:
@@ -324,28 +326,6 @@ def _followed(read: Read) -> torch.Tensor:
 
 _MOST_FIGURES = 4_000_000
 """Log-probabilities that are held at a time for one request."""
-_LARGE = 20_000
-"""Characters or figures; what has more is not worked through on the event loop."""
-
-
-async def aside(size: int, function: Callable[..., T], *arguments: Any) -> T:
-    """What a function returns, from a thread of its own where there is much to do."""
-    return function(*arguments) if size < _LARGE else await asyncio.to_thread(function, *arguments)
-
-
-def _in_thread(function: Callable[..., T], *arguments: Any) -> "Future[T]":
-    """What a function will return, from a thread that nobody waits for when the server ends."""
-    future: Future[T] = Future()
-    future.set_running_or_notify_cancel()  # one who no longer waits for it cannot cancel it for others
-
-    def run() -> None:
-        try:
-            future.set_result(function(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
 
 
 def _standing(session: Session, read: list[schema.TokenScore], question: Question | None) -> schema.SessionAnswer:

@@ -1,0 +1,31 @@
+"""Work that would stop the event loop, and so all other requests, done beside it."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+_LARGE = 20_000
+"""Characters or figures; what has more is not worked through on the event loop."""
+
+
+async def aside(size: int, function: Callable[..., T], *arguments: Any) -> T:
+    """What a function returns, from a thread of its own where there is much to do."""
+    return function(*arguments) if size < _LARGE else await asyncio.to_thread(function, *arguments)
+
+
+def in_thread(function: Callable[..., T], *arguments: Any) -> "Future[T]":
+    """What a function will return, from a thread that nobody waits for when the server ends."""
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()  # one who no longer waits for it cannot cancel it for others
+
+    def run() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future

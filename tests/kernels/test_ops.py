@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis.strategies import booleans, floats, integers, sampled_from
 from torch import Tensor, nn
 
-from unrolled.kernels import build, ops, step
+from unrolled.kernels import build, ops, step, update
 from unrolled.nn.cells import CELLS, Cell, State
 from unrolled.nn.dropout import Dropout, dropout_plain
 from unrolled.nn.loss import token_nll, token_nll_plain
@@ -199,29 +199,43 @@ def test_dropout_masks_have_nothing_to_do_with_each_other() -> None:
 @given(
     sizes=sampled_from([(1,), (5, 3), (4096, 17, 1), (10_000, 300)]),
     scale=sampled_from([1e-3, 1.0, 1e3]),
-    others=integers(0, 2),
+    rows=sampled_from([(0, 5), (1, 1), (7, 3), (40, 33), (200, 16)]),
+    height=integers(1, 90),
+    apart=booleans(),
     workers=integers(1, 3),
 )
-def test_the_update_is_clipping_and_descent(sizes: tuple[int, ...], scale: float, others: int, workers: int) -> None:
+def test_the_update_is_clipping_and_descent(
+    sizes: tuple[int, ...], scale: float, rows: tuple[int, int], height: int, apart: bool, workers: int
+) -> None:
     torch.manual_seed(0)
     gradients = [torch.randn(size) * scale for size in sizes]
     parameters = [torch.randn(size) for size in sizes]
-    more = [torch.randn(7, 3) for _ in range(others)]
-    expected = torch.cat([tensor.flatten() for tensor in gradients + more]).double().norm()
+    ids, of_rows = torch.randint(height, rows[:1]), torch.randn(rows) * scale
+    whole = torch.zeros(height, rows[1]).index_add_(0, ids, of_rows)
+    few = torch.randn(height, rows[1]), ids, of_rows
+    counted = [*gradients, of_rows.clone() if apart else whole]
+    expected = torch.cat([tensor.flatten() for tensor in counted]).double().norm()
     factor = 0.1 * min(1.0, 5.0 / expected.item())
-    after = [parameter - factor * gradient for parameter, gradient in zip(parameters, gradients, strict=True)]
+    pairs = zip([*parameters, few[0]], [*gradients, whole], strict=True)
+    after = [parameter - factor * gradient for parameter, gradient in pairs]
     with threads(workers):
-        norm = torch.ops.unrolled.clip_and_descend(parameters, gradients, more, 5.0, 0.1)
+        norm = update.clip_and_descend(parameters, gradients, *few, apart, 5.0, 0.1)
     torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
-    for one, other in zip(parameters, after, strict=True):
+    for one, other in zip([*parameters, few[0]], after, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_an_update_of_no_such_row_is_refused() -> None:
+    with pytest.raises(IndexError, match="an id"):
+        update.clip_and_descend([], [], torch.zeros(3, 2), torch.tensor([1, 3]), torch.ones(2, 2), False, 5.0, 0.1)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_changes_nothing(value: float) -> None:
     parameters, gradients = [torch.ones(9000), torch.ones(3)], [torch.ones(9000), torch.tensor([1.0, value, 1.0])]
-    assert not torch.ops.unrolled.clip_and_descend(parameters, gradients, [], 5.0, 0.1).isfinite()
-    assert all((parameter == 1).all() for parameter in parameters)
+    few = torch.ones(5, 4), torch.tensor([1, 1, 3]), torch.ones(3, 4)
+    assert not update.clip_and_descend(parameters, gradients, *few, False, 5.0, 0.1).isfinite()
+    assert all((parameter == 1).all() for parameter in [*parameters, few[0]])
 
 
 @settings(max_examples=40)
@@ -313,7 +327,8 @@ def test_the_operators_keep_to_pytorchs_rules() -> None:
         (names.recurrent, (ids, leaf(4, 7), None, leaf(7, 5), leaf(7, 7), leaf(7), 2, False)),
         (names.decoder_nll, (leaf(6, 7), leaf(11, 7), leaf(11), torch.randint(11, (6,)), False, True)),
         (names.dropout, (leaf(3, 4), 0.5, 7)),
-        (names.clip_and_descend, ([torch.randn(3)], [torch.randn(3)], [torch.randn(2, 2)], 5.0, 0.1)),
+        (names.clip_and_descend, ([torch.randn(3)], [torch.randn(3)], None, None, None, False, 5.0, 0.1)),
+        (names.clip_and_descend, ([], [], torch.randn(5, 4), ids[0], torch.randn(4, 4), True, 5.0, 0.1)),
         (names.step, (packed, torch.tensor([3, 4]), torch.zeros(2 * 7 * 2), 30)),
         (names.likeliest, (packed, torch.tensor([3]), torch.zeros(7 * 2), 5)),
     ]

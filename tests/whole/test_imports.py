@@ -67,7 +67,7 @@ ORDER = {
         "dataset",
         "batches",
     ],
-    "kernels": ["build", "ops", "step"],
+    "kernels": ["build", "ops", "update", "step"],
     "nn": ["cells", "unroll", "loss", "dropout", "model", "stream"],
     "commands": ["making", "using", "looking"],
     "training": ["optim", "resume", "start", "stop", "loop"],
@@ -212,3 +212,14 @@ def test_help_takes_less_than_half_a_second_of_processor_time() -> None:
         return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
     assert min(seconds() for _ in range(5)) < 0.5
+
+
+def test_to_use_a_run_does_not_import_pytorchs_compiler(toy_run: unrolled.Run) -> None:
+    """Which takes a second."""
+    code = (
+        f"import sys, unrolled; run = unrolled.load({str(toy_run.path)!r})\n"
+        "run.predict('the'); run.evaluate()\n"
+        "print([name for name in sys.modules if name.startswith('torch._dynamo')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

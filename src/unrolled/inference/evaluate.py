@@ -9,10 +9,12 @@ paper   What the reference code does to its validation text: `batch_size` stream
         dropped. Its test is one token at a time, which is `exact`.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from unrolled.data.batches import Windows
 from unrolled.nn.loss import bits_per, decoder_loss, perplexity
@@ -68,9 +70,9 @@ def evaluate_exact(
     """One stream over `ids` (N,): N - 1 targets, each with all that comes before it as its context.
 
     The stream is cut into `batch_size` segments that run side by side. A segment ought to begin in the state that the
-    one before it ends in; at first it begins in zero, and the sweep is repeated from the states that came out until
-    they no longer change. A recurrent model forgets, so two sweeps nearly always do, and where they do not, one stream
-    is run token after token. `batch_size=1` is that plain way.
+    one before it ends in; at first that is what the last 1,000 tokens alone lead to, and the sweep is repeated from the
+    states that came out until they no longer change. A recurrent model forgets, so one sweep nearly always does, and
+    where four do not, one stream is run token after token. `batch_size=1` is that plain way.
 
     Args:
         model: put in evaluation mode.
@@ -93,7 +95,7 @@ def evaluate_exact(
 
 
 def _exact_nats(model: LanguageModel, ids: np.ndarray, segments: int, num_steps: int) -> float:
-    begin = model.initial_state(segments)
+    begin = _following(_ends(model, ids, segments, num_steps))
     for _ in range(min(segments, _SWEEPS)):
         nll_nats, end = _sweep(model, ids, begin, segments, num_steps)
         follow = _following(end)
@@ -108,28 +110,44 @@ def _sweep(
     model: LanguageModel, ids: np.ndarray, states: LayerStates, segments: int, num_steps: int
 ) -> tuple[float, LayerStates]:
     """Nats of all targets, segment b of them from the b-th state on; and the states at the segments' ends."""
+    nll_nats = 0.0
+    for inputs, targets, counted in _windows(ids, segments, num_steps, model.device):
+        outputs, states = model.hidden(inputs, states)
+        if not counted.all():
+            outputs, targets = outputs[counted], targets[counted]
+        nll, _ = decoder_loss(outputs, model.decoder, targets)
+        nll_nats += nll.item()
+    return nll_nats, states
+
+
+def _ends(model: LanguageModel, ids: np.ndarray, segments: int, num_steps: int) -> LayerStates:
+    """Nearly the states at the segments' ends: those that their last tokens lead to from zero."""
+    states = model.initial_state(segments)
+    if segments > 1:
+        for inputs, _, _ in _windows(ids, segments, num_steps, model.device, _SEGMENT_TOKENS):
+            _, states = model.hidden(inputs, states)
+    return states
+
+
+def _windows(
+    ids: np.ndarray, segments: int, num_steps: int, device: torch.device, last: int | None = None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Inputs and targets, each (T, B), and whether a target counts, for the last segment is shorter; of all of each
+    segment, or the `last` tokens."""
     targets = len(ids) - 1
     length = -(-targets // segments)
     starts = np.arange(segments) * length
-    nll_nats = 0.0
-    for first in range(0, length, num_steps):
+    for first in range(max(0, length - last) if last else 0, length, num_steps):
         offsets = np.arange(first, min(first + num_steps, length) + 1)[:, None]  # (T + 1, 1)
         positions = starts + offsets  # (T + 1, B)
-        window = torch.from_numpy(ids[np.minimum(positions, targets)].astype(np.int64)).to(model.device)
-        outputs, states = model.hidden(window[:-1], states)
-        following = window[1:]
-        if positions[-1, -1] > targets:  # the last segment is shorter
-            counted = torch.from_numpy(positions[1:] <= targets).to(model.device)
-            outputs, following = outputs[counted], following[counted]
-        nll, _ = decoder_loss(outputs, model.decoder, following)
-        nll_nats += nll.item()
-    return nll_nats, states
+        window = torch.from_numpy(ids[np.minimum(positions, targets)].astype(np.int64)).to(device)
+        yield window[:-1], window[1:], torch.from_numpy(positions[1:] <= targets).to(device)
 
 
 def _following(end: LayerStates) -> LayerStates:
     """Each segment begins where the one before it ended; the first in zero."""
 
-    def shifted(tensor: torch.Tensor) -> torch.Tensor:
+    def shifted(tensor: Tensor) -> Tensor:
         return torch.cat([torch.zeros_like(tensor[:1]), tensor[:-1]])
 
     return tuple(tuple(shifted(tensor) for tensor in state) for state in end)

@@ -173,7 +173,7 @@ SIGNATURES = {
     "recurrent_backward": "iiiqqqq" + "p" * 17,
     "decoder_forward": "iiqqq" + "p" * 8,
     "decoder_backward": "iiqqq" + "p" * 11,
-    "clip_and_descend": "iiipppddp",
+    "clip_and_descend": "iipppqqqpppiddp",
     "dropout": "iqqfqpp",
     "layer_size": "iiiqqp",
     "lay_out_layer": "iiiqq" + "p" * 6,

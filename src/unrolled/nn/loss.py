@@ -94,9 +94,7 @@ def token_nll(hidden: Tensor, decoder: nn.Module, targets: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             return token_nll_plain(hidden.float(), decoder, targets)
     narrow, keep = torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()
-    nll, *_ = torch.ops.unrolled.decoder_nll(
-        hidden.flatten(0, -2), decoder.weight, decoder.bias, targets.flatten(), narrow, keep
-    )
+    nll, *_ = ops.decoder_nll(hidden.flatten(0, -2), decoder.weight, decoder.bias, targets.flatten(), narrow, keep)
     return nll.view_as(targets)
 
 

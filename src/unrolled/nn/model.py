@@ -15,6 +15,15 @@ from unrolled.nn.unroll import LayerStates, Unroll, unroll
 
 
 @final
+class Embedding(nn.Embedding):
+    """PyTorch's, but it draws nothing on the device "meta", for which PyTorch would import its compiler."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+@final
 class LanguageModel(nn.Module):
     """Next-token logits for B streams of ids, as in Zaremba et al. 2014 (arXiv 1409.2329), fig. 2.
 
@@ -47,7 +56,7 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.vocab_size = vocab_size
-        self.embedding = nn.Embedding(vocab_size, embedding_size) if embedding_size else nn.Identity()
+        self.embedding = Embedding(vocab_size, embedding_size) if embedding_size else nn.Identity()
         sizes = [embedding_size or vocab_size, *hidden_sizes]
         cells = nn.ModuleList(CELLS[cell](e, h, **cell_options) for e, h in pairwise(sizes))
         self.layers = cast("Sequence[Cell]", cells)

@@ -88,7 +88,7 @@ def unroll_native(cell: Cell, inputs: Tensor, state: State) -> tuple[Tensor, Sta
     if layer is None:
         raise TypeError(f"there is no kernel for {type(cell).__name__}")
     c = state[1] if isinstance(cell, LSTM) else None
-    outputs, c_last, *_ = torch.ops.unrolled.recurrent(
+    outputs, c_last, *_ = ops.recurrent(
         inputs, state[0], c, *layer.weights, ops.KINDS[layer.kind], torch.is_autocast_enabled("cpu")
     )
     return outputs, (outputs[-1],) if c is None else (outputs[-1], c_last)

@@ -178,7 +178,7 @@ static void backward(
         me.wait();
 
         const Share words = me.share(z.vocabulary, STRIP);
-        for (int64_t v = words.begin; v < words.end; v += BLOCK) {
+        for (int64_t v = words.begin + round_up(words.end - words.begin, BLOCK) - BLOCK; v >= words.begin; v -= BLOCK) {
             const int64_t count = std::min(BLOCK, words.end - v);
             const T* e = exponentials ? exponentials + v * across : block;
             if (!exponentials)

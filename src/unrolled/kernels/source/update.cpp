@@ -1,5 +1,6 @@
 // What is done to every parameter at every step: the update, clipped by the gradients' global norm.
 #include <cmath>
+#include <numeric>
 #if defined(__GLIBC__)
 #include <malloc.h>
 #include <sys/mman.h>
@@ -30,21 +31,65 @@ static double squares(const float* x, Share mine) {
 
 // w -= rate * g
 static void descend(float* w, const float* g, Share mine, float rate) {
-    int64_t j = mine.begin;
-    for (; j + LANES <= mine.end; j += LANES) store(w + j, load(w + j) - rate * load(g + j));
-    for (; j < mine.end; ++j) w[j] -= rate * g[j];
+    int64_t j = mine.end;
+    for (; j - LANES >= mine.begin; j -= LANES) store(w + j - LANES, load(w + j - LANES) - rate * load(g + j - LANES));
+    for (; j-- > mine.begin;) w[j] -= rate * g[j];
 }
 
-// The gradients' global norm, that of `others` too; and where it is finite, parameters -= rate * gradients, the rate times
-// max_norm / norm where the norm is larger. A thread descends where it summed, from the end back: what it read last is
-// still in its cache.
+// Rows (n, width) of a table's gradient, each with the id of its row of the table.
+struct Rows {
+    int64_t count, width;
+    const int64_t* ids;
+    float* gradients;
+    const int64_t* in_order;  // their numbers, those of one id one after the other
+
+    // Of these columns: the gradients of one id are added to its first, and zero beyond.
+    void add_up(Share mine) const {
+        for (int64_t i = 0, first = 0; i < count; ++i) {
+            if (ids[in_order[i]] != ids[in_order[first]]) first = i;
+            if (i == first) continue;
+            float *total = gradients + in_order[first] * width, *more = gradients + in_order[i] * width;
+            for (int64_t j = mine.begin; j < mine.end; ++j) total[j] += more[j], more[j] = 0;
+        }
+    }
+
+    double squares_of(Share mine) const {
+        double whole = 0;
+        for (int64_t i = 0; i < count; ++i) whole += squares(gradients + i * width, mine);
+        return whole;
+    }
+
+    void descend_in(float* table, Share mine, float rate) const {
+        for (int64_t i = 0; i < count; ++i) descend(table + ids[i] * width, gradients + i * width, mine, rate);
+    }
+};
+
+// The gradients' global norm; and where it is finite, parameters -= rate * gradients, the rate times max_norm / norm where
+// the norm is larger. A thread descends where it summed, from the end back: what it read last is still in its cache.
+// One more parameter is a table (height, width) of whose rows few have a gradient: `row_count` of them, by ids, several of
+// which may be the same; `apart`: the norm is that of the rows before those of one id are added up.
 extern "C" int clip_and_descend(
-    int threads, int count, int others, float* const* parameters, const float* const* gradients, const int64_t* sizes,
+    int threads, int count, float* const* parameters, const float* const* gradients, const int64_t* sizes,
+    int64_t row_count, int64_t width, int64_t height, float* table, const int64_t* ids, float* row_gradients, int apart,
     double max_norm, double rate, double* norm) {
+    if (!within(ids, row_count, height)) return NO_SUCH_ID;
+    static thread_local Workspace workspace;
+    try {
+        workspace.reserve(Workspace::room<int64_t>(row_count));
+    } catch (const std::bad_alloc&) {
+        return NO_MEMORY;
+    }
+    int64_t* in_order = workspace.take<int64_t>(row_count);
+    std::iota(in_order, in_order + row_count, 0);
+    std::sort(in_order, in_order + row_count, [=](int64_t a, int64_t b) { return ids[a] != ids[b] ? ids[a] < ids[b] : a < b; });
+    const Rows rows{row_count, width, ids, row_gradients, in_order};
     threads = std::min(threads, 64);
     double parts[64] = {};
     together(threads, [&](Member me) {
-        for (int i = 0; i < count + others; ++i) parts[me.thread] += squares(gradients[i], me.share(sizes[i], GRAIN));
+        const Share columns = me.share(width, LANES);
+        if (!apart) rows.add_up(columns);
+        parts[me.thread] = rows.squares_of(columns);
+        for (int i = 0; i < count; ++i) parts[me.thread] += squares(gradients[i], me.share(sizes[i], GRAIN));
         me.wait();
         double square = 0;
         for (int i = 0; i < me.threads; ++i) square += parts[i];
@@ -53,6 +98,7 @@ extern "C" int clip_and_descend(
         if (!std::isfinite(whole)) return;
         const float step = rate * (whole > max_norm ? max_norm / whole : 1.0);
         for (int i = count; i-- > 0;) descend(parameters[i], gradients[i], me.share(sizes[i], GRAIN), step);
+        rows.descend_in(table, columns, step);
     });
     return 0;
 }

@@ -16,6 +16,7 @@ from unrolled.data.dataset import prepare
 from unrolled.data.text import open_corpus
 from unrolled.data.tokens import Vocabulary
 from unrolled.inference.evaluate import evaluate_exact, evaluate_paper, ngram_perplexity
+from unrolled.nn.loss import decoder_loss
 from unrolled.nn.model import LanguageModel
 
 
@@ -50,6 +51,19 @@ def test_exact_counts_every_target_once_at_any_length(toy_run: Run, ids: np.ndar
     result = evaluate_exact(toy_run.model, ids[:length])
     assert result.tokens == length - 1
     assert result.nll_nats == pytest.approx(one_at_a_time(toy_run.model, ids[:length]), rel=1e-5)
+
+
+def test_exact_takes_one_sweep_of_a_model_that_forgets(
+    toy_run: Run, ids: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = list[int]()
+
+    def counting(hidden: torch.Tensor, decoder: nn.Module, targets: torch.Tensor) -> tuple[torch.Tensor, int]:
+        counted.append(targets.numel())
+        return decoder_loss(hidden, decoder, targets)
+
+    monkeypatch.setattr("unrolled.inference.evaluate.decoder_loss", counting)
+    assert evaluate_exact(toy_run.model, ids).tokens == sum(counted)
 
 
 def test_exact_is_exact_for_a_model_that_never_forgets() -> None:

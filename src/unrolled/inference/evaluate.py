@@ -132,8 +132,8 @@ def _ends(model: LanguageModel, ids: np.ndarray, segments: int, num_steps: int) 
 def _windows(
     ids: np.ndarray, segments: int, num_steps: int, device: torch.device, last: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Inputs and targets, each (T, B), and whether a target counts, for the last segment is shorter; of all of each
-    segment, or the `last` tokens."""
+    """Inputs and targets, each (T, B), and on the CPU whether a target counts, for the last segment is shorter; of all
+    of each segment, or the `last` tokens."""
     targets = len(ids) - 1
     length = -(-targets // segments)
     starts = np.arange(segments) * length
@@ -141,7 +141,7 @@ def _windows(
         offsets = np.arange(first, min(first + num_steps, length) + 1)[:, None]  # (T + 1, 1)
         positions = starts + offsets  # (T + 1, B)
         window = torch.from_numpy(ids[np.minimum(positions, targets)].astype(np.int64)).to(device)
-        yield window[:-1], window[1:], torch.from_numpy(positions[1:] <= targets).to(device)
+        yield window[:-1], window[1:], torch.from_numpy(positions[1:] <= targets)
 
 
 def _following(end: LayerStates) -> LayerStates:

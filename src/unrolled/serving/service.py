@@ -104,6 +104,10 @@ class Service:
         name, run = self.run(request.model)
         prefixes = _listed(request.prefixes)
         self.allow(len(prefixes) * request.k * request.length, "words of an answer")
+        if request.length > 1 and request.complete:
+            raise Refused(422, "complete takes a length of 1", "complete")
+        if request.length > 1 and request.k > _WIDEST:
+            raise Refused(422, f"with a length of more than 1, k must be at most {_WIDEST}, not {request.k}", "k")
 
         def questions() -> list[Question]:
             return [
@@ -137,11 +141,6 @@ class Service:
         return await aside(len(asked) * len(run.tokenizer), answers)
 
     async def _beams(self, run: Run, asked: list[Question], request: schema.PredictRequest) -> list[schema.Prediction]:
-        if request.complete:
-            raise Refused(422, "complete takes a length of 1", "complete")
-        if request.k > _WIDEST:
-            raise Refused(422, f"with a length of more than 1, k must be at most {_WIDEST}, not {request.k}", "k")
-
         def searches() -> list[Beam]:
             options = request.length, request.k, max(20, request.k), request.unknown
             return [Beam(run.tokenizer, question.prefix, *options) for question in asked]

@@ -20,7 +20,19 @@ import torch
 
 from unrolled.errors import UnrolledError
 from unrolled.recipe import load_recipe
-from unrolled.subjects import BASELINE, PRODUCTS, SCORED_STREAMS, SUBJECTS, Case, Work, case, peer
+from unrolled.subjects import (
+    BASELINE,
+    DTYPES,
+    PRODUCTS,
+    SCORED_STREAMS,
+    SUBJECTS,
+    Case,
+    Work,
+    case,
+    fastest_precision,
+    peer,
+    usual_subjects,
+)
 
 TASKS = {"train": "tokens/s", "score": "tokens/s", "next-word": "µs"}
 _CEILING, _CEILING_SIZE = "ceiling", 2048
@@ -30,7 +42,7 @@ _CEILING_FLOP = 2.0 * _CEILING_SIZE**3
 def bench(
     recipe: str = "ptb-small",
     tasks: tuple[str, ...] = ("train", "score", "next-word"),
-    subjects: tuple[str, ...] = tuple(SUBJECTS),
+    subjects: tuple[str, ...] = (),
     rounds: int = 5,
     seconds: float = 2.0,
 ) -> Iterator[dict[str, Any]]:
@@ -39,18 +51,20 @@ def bench(
     Args:
         recipe: a shipped name or a file.
         tasks: of `TASKS`.
-        subjects: of `SUBJECTS`; the baseline is always among them.
+        subjects: of `SUBJECTS`; the baseline is always among them. None: all that are of use on this processor.
         rounds: how often each is timed.
         seconds: how long a round of one takes, about.
 
     Yields:
         For each task and subject {"subject", "recipe", "task", "median", "minimum", "maximum", "unit",
-        "ratio_to_baseline", "ratio_minimum", "ratio_maximum", "share_of_ceiling", "peak_memory_mib"}; a ratio is above
-        1 for what is faster.
+        "ratio_to_baseline", "ratio_minimum", "ratio_maximum", "share_of_ceiling", "ceiling_gflop_per_second",
+        "peak_memory_mib"}; a ratio is above 1 for what is faster. The ceiling is the speed of PyTorch's own square
+        products in this run, in bf16 where the processor multiplies it and else in f32.
 
     Raises:
         UnrolledError: there is no such recipe, task or subject, or nothing to time.
     """
+    subjects = subjects or usual_subjects()
     for name, known in ((tasks, TASKS), (subjects, SUBJECTS)):
         for unknown in (one for one in name if one not in known and "=" not in one):
             raise UnrolledError(
@@ -89,6 +103,7 @@ def bench(
                 "ratio_minimum": min(ratios),
                 "ratio_maximum": max(ratios),
                 "share_of_ceiling": statistics.median(values) * flop / possible if task == "train" else None,
+                "ceiling_gflop_per_second": possible / 1e9,
                 "peak_memory_mib": memory[name],
             }
 
@@ -163,8 +178,8 @@ def _subject(name: str, task: str, case: Case) -> Work:
 
 
 def _ceiling(count: int) -> None:
-    """Square products in bf16 by PyTorch: what the processor can be had to do."""
-    a, b = (torch.ones(_CEILING_SIZE, _CEILING_SIZE, dtype=torch.bfloat16) for _ in range(2))
+    """Square products by PyTorch: what the processor can be had to do."""
+    a, b = (torch.ones(_CEILING_SIZE, _CEILING_SIZE, dtype=DTYPES[fastest_precision()]) for _ in range(2))
     for _ in range(count):
         a @ b
 

@@ -37,8 +37,9 @@ from unrolled.training.resume import Position
 
 Work = Callable[[int], None]
 
-BASELINE, PRODUCTS = "torch f32", "products alone, torch bf16"
+BASELINE, PRODUCTS = "torch f32", "products alone, torch"
 SCORED_STREAMS = 64
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,7 @@ def plain(task: str, case: Case, precision: str, compiled: bool = False) -> Work
 
 
 def products(case: Case) -> Work:
-    """The matrix products of a training step by PyTorch in bf16, and nothing else: what they allow at these shapes."""
+    """The matrix products of a training step by PyTorch, and nothing else: what they allow at these shapes."""
     training = case.recipe.training
     with build.switched_off():  # the kernels would change how this process takes memory
         model = build_model(case.recipe.model, case.vocab_size)
@@ -255,8 +256,9 @@ def products(case: Case) -> Work:
             shapes += [(tokens, inputs, slots, 1), (tokens, slots, inputs, 1), (slots, tokens, inputs, 1)]
     top, words = model.layers[-1].hidden_size, case.vocab_size
     shapes += [(tokens, top, words, 1), (tokens, words, top, 1), (words, tokens, top, 1)]
+    dtype = DTYPES[fastest_precision()]
     pairs = [
-        (torch.ones(rows, depth, dtype=torch.bfloat16), torch.ones(depth, columns, dtype=torch.bfloat16), times)
+        (torch.ones(rows, depth, dtype=dtype), torch.ones(depth, columns, dtype=dtype), times)
         for rows, depth, columns, times in shapes
     ]
 
@@ -292,12 +294,22 @@ def peer(command: str, case: Case) -> Work:
     return train
 
 
+def fastest_precision() -> str:
+    """What products are timed in where a subject's name does not say: bf16 where the processor multiplies it."""
+    return "bf16" if build.processor_multiplies_bf16() else "f32"
+
+
+def usual_subjects() -> tuple[str, ...]:
+    """All that are of use on this processor: those in bf16 only where it multiplies it."""
+    return tuple(name for name in SUBJECTS if not name.endswith("bf16") or fastest_precision() == "bf16")
+
+
 SUBJECTS: dict[str, Callable[[str, Case], Work]] = {
     BASELINE: lambda task, case: plain(task, case, "f32"),
     "torch bf16": lambda task, case: plain(task, case, "bf16"),
-    "torch compiled": lambda task, case: plain(task, case, "bf16", compiled=True),
+    "torch compiled": lambda task, case: plain(task, case, fastest_precision(), compiled=True),
     "unrolled bf16": lambda task, case: ours(task, case, "bf16"),
     "unrolled f32": lambda task, case: ours(task, case, "f32"),
-    "unrolled on PyTorch alone": lambda task, case: ours(task, case, "bf16", kernels=False),
+    "unrolled on PyTorch alone": lambda task, case: ours(task, case, fastest_precision(), kernels=False),
     PRODUCTS: lambda task, case: products(case),
 }

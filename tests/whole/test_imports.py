@@ -68,7 +68,7 @@ ORDER = {
         "batches",
     ],
     "kernels": ["build", "ops", "update", "step"],
-    "nn": ["cells", "unroll", "loss", "dropout", "model", "stream"],
+    "nn": ["cells", "rounding", "unroll", "loss", "dropout", "model", "stream"],
     "commands": ["making", "using", "looking"],
     "training": ["optim", "resume", "start", "stop", "loop"],
     "serving": [

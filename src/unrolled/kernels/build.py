@@ -215,6 +215,11 @@ def _loaded() -> ctypes.CDLL | None:
     return loaded if loaded.prepare() == 0 else None
 
 
+def processor_multiplies_bf16() -> bool:
+    """Whether this processor has an instruction for it that one of the levels takes."""
+    return any(level.multiplies_bf16 and level.flags <= processor_flags() for level in LEVELS.values())
+
+
 def in_use() -> str:
     """The level of the kernels that run here, or none."""
     return chosen_level() or "none" if library() is not None else "none"

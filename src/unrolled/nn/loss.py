@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from unrolled.kernels import ops
+from unrolled.nn.rounding import product
 
 _MOST_LOGITS = 1 << 27
 _FAST_DEPTH, _SUMMED, _FAR = 32, 256, 1e30
@@ -139,10 +140,10 @@ class _NarrowDecoder(torch.autograd.Function):
         target = (narrow_hidden.float() * narrow_weight[targets]).sum(-1, keepdim=True)
         narrow_hidden[:, size + 1] = -target.squeeze(-1)
         shift = -narrow_hidden[:, size + 1].float().unsqueeze(-1)
-        exponentials = (narrow_hidden @ narrow_weight.T).exp_()  # (N, V)
+        exponentials = product(narrow_hidden, narrow_weight.T).exp_()  # (N, V)
         sums = _sums_of_rows(exponentials)
         if not ((sums > 1 / _FAR) & (sums < _FAR)).all():
-            logits = narrow_hidden @ narrow_weight.T
+            logits = product(narrow_hidden, narrow_weight.T)
             largest = logits.amax(-1, keepdim=True)
             shift, exponentials = shift + largest, logits.sub_(largest).exp_()
             sums = _sums_of_rows(exponentials)
@@ -155,9 +156,9 @@ class _NarrowDecoder(torch.autograd.Function):
         hidden, weight, targets, exponentials, sums = ctx.saved_tensors
         gradient, size = gradients[0].unsqueeze(-1), ctx.size
         factor = gradient / sums
-        d_hidden = (exponentials @ weight)[:, :size] * factor
+        d_hidden = product(exponentials, weight)[:, :size] * factor
         d_hidden -= gradient * weight[targets, :size]
-        d_columns = exponentials.T @ (hidden * factor).bfloat16()
+        d_columns = product(exponentials.T, (hidden * factor).bfloat16())
         d_weight, d_bias = d_columns[:, :size].float(), d_columns[:, size].float()
         d_weight.index_add_(0, targets, hidden[:, :size] * gradient, alpha=-1)
         d_bias.index_add_(0, targets, gradient.squeeze(-1), alpha=-1)

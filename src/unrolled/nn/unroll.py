@@ -5,12 +5,14 @@ faster ways multiply bf16 operands and sum in f32.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from unrolled.kernels import ops
+from unrolled.nn import rounding
 from unrolled.nn.cells import GRU, LSTM, Cell, Elman, State
 
 LayerStates: TypeAlias = tuple[State, ...]
@@ -64,16 +66,20 @@ def unroll_fused(cell: Cell, inputs: Tensor, state: State) -> tuple[Tensor, Stat
     bias_hh = torch.zeros_like(cell.bias_ih) if bias_hh is None else bias_hh
     weights = [cell.weight_ih, cell.weight_hh, cell.bias_ih, bias_hh]
     options = (True, 1, 0.0, cell.training, False, False)  # biases, layers, dropout, train, bidirectional, batch first
-    if isinstance(cell, LSTM):
-        outputs, h, c = torch.lstm(inputs, [tensor.unsqueeze(0) for tensor in state], weights, *options)
-        return outputs, (h.squeeze(0), c.squeeze(0))
-    if isinstance(cell, GRU):
-        outputs, h = torch.gru(inputs, state[0].unsqueeze(0), weights, *options)
-        return outputs, (h.squeeze(0),)
-    if isinstance(cell, Elman):
-        layer = torch.rnn_relu if cell.activation is torch.relu else torch.rnn_tanh
-        outputs, h = layer(inputs, state[0].unsqueeze(0), weights, *options)
-        return outputs, (h.squeeze(0),)
+    by_hand = inputs.device.type == "cpu" and torch.is_autocast_enabled("cpu") and not rounding.is_native()
+    if by_hand:
+        inputs, weights[:2] = rounding.rounded(inputs), map(rounding.rounded, weights[:2])
+    with torch.autocast("cpu", enabled=False) if by_hand else nullcontext():
+        if isinstance(cell, LSTM):
+            outputs, h, c = torch.lstm(inputs, [tensor.unsqueeze(0) for tensor in state], weights, *options)
+            return outputs, (h.squeeze(0), c.squeeze(0))
+        if isinstance(cell, GRU):
+            outputs, h = torch.gru(inputs, state[0].unsqueeze(0), weights, *options)
+            return outputs, (h.squeeze(0),)
+        if isinstance(cell, Elman):
+            layer = torch.rnn_relu if cell.activation is torch.relu else torch.rnn_tanh
+            outputs, h = layer(inputs, state[0].unsqueeze(0), weights, *options)
+            return outputs, (h.squeeze(0),)
     raise TypeError(f"PyTorch has no fused layer for {type(cell).__name__}")
 
 

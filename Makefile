@@ -36,8 +36,8 @@ bench: install  ## speed, against plain PyTorch in the same run
 	$(BIN)/unrolled bench
 
 bench-peers: install .peers/jax .peers/keras  ## training, against JAX, Keras and torch.compile too
-	$(BIN)/unrolled bench --recipe ptb-small ptb-medium --task train --subject "torch bf16" "torch compiled" \
-		"unrolled bf16" "jax=.peers/jax/bin/python benchmarks/peers/jax_lm.py" \
+	$(BIN)/unrolled bench --recipe ptb-small ptb-medium --task train --subject \
+		"jax=.peers/jax/bin/python benchmarks/peers/jax_lm.py" \
 		"keras=.peers/keras/bin/python benchmarks/peers/keras_lm.py"
 
 .peers/jax:

@@ -1,8 +1,9 @@
 """How speed and memory grow: with hidden size, vocabulary, streams, threads and the corpus. JSON lines, one a case.
 
-Everything but what grows is `ptb-small`. Ours (bf16) and PyTorch's nn.LSTM (f32) train on the same ids, drawn as Zipf
-has them, each case in a process of its own, of which the speed and the most memory are reported. The corpus is a text
-file of a million words, ten and a hundred, trained on as `unrolled train` would, so its memory holds the reading too.
+Everything but what grows is `ptb-small`. Ours (in bf16 where the processor multiplies it, else in f32) and PyTorch's
+nn.LSTM (f32) train on the same ids, drawn as Zipf has them, each case in a process of its own, of which the speed and
+the most memory are reported. The corpus is a text file of a million words, ten and a hundred, trained on as
+`unrolled train` would, so its memory holds the reading too.
 
     python benchmarks/growth.py [--seconds 3] > docs/results/growth.jsonl
 """
@@ -25,7 +26,7 @@ from unrolled.data.text import open_corpus
 from unrolled.data.tokens import Vocabulary
 from unrolled.files import cache_folder
 from unrolled.recipe import load_recipe
-from unrolled.subjects import Case, ours, plain
+from unrolled.subjects import Case, fastest_precision, ours, plain
 
 VOCAB_SIZE, THREADS, MILLION = 10_000, 2, 1_000_000
 CASES: list[tuple[str, list[int]]] = [
@@ -36,7 +37,7 @@ CASES: list[tuple[str, list[int]]] = [
     ("corpus_words", [MILLION, 10 * MILLION, 100 * MILLION]),
 ]
 SUBJECTS = {
-    "unrolled bf16": lambda case: ours("train", case, "bf16"),
+    f"unrolled {fastest_precision()}": lambda case: ours("train", case, fastest_precision()),
     "torch f32": lambda case: plain("train", case, "f32"),
 }
 

@@ -51,7 +51,8 @@ def bench(
     Args:
         recipe: a shipped name or a file.
         tasks: of `TASKS`.
-        subjects: of `SUBJECTS`; the baseline is always among them. None: all that are of use on this processor.
+        subjects: of `SUBJECTS`, or other programs as NAME=COMMAND; the baseline is always among them. Where none of
+            `SUBJECTS` is named, all of them that are of use on this processor.
         rounds: how often each is timed.
         seconds: how long a round of one takes, about.
 
@@ -64,7 +65,8 @@ def bench(
     Raises:
         UnrolledError: there is no such recipe, task or subject, or nothing to time.
     """
-    subjects = subjects or usual_subjects()
+    if all("=" in name for name in subjects):
+        subjects = (*usual_subjects(), *subjects)
     for name, known in ((tasks, TASKS), (subjects, SUBJECTS)):
         for unknown in (one for one in name if one not in known and "=" not in one):
             raise UnrolledError(

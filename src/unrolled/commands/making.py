@@ -121,8 +121,8 @@ def bench(
     task
         train, score (64 streams), next-word (one stream).
     subject
-        What to time beside the baseline, torch f32; all of ours and PyTorch's when left out, those in bf16 where the
-        processor multiplies it. NAME=COMMAND is another program that trains, see benchmarks/peers.
+        What to time beside the baseline, torch f32; all of ours and PyTorch's when none of them is named, those in bf16
+        where the processor multiplies it. NAME=COMMAND is another program that trains, see benchmarks/peers.
     rounds
         How often each is timed.
     seconds

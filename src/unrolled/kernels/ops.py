@@ -16,6 +16,8 @@ KINDS = {"lstm": 0, "gru": 1, "tanh": 2, "relu": 3}
 _GATES = (4, 3, 1, 1)
 FEW_WORDS = 256
 """Up to so many the decoder's threads share out tokens, not words; source/decoder.cpp has the same number."""
+MOST_KEPT = 1 << 24
+"""So many of a window's exponentials are kept in f32 for the backward pass, 64 MiB; more are made again."""
 SLOTS = (4, 4, 1, 1)
 """Of each kind, the gates that are computed and the numbers that are kept of each unit."""
 _NO_SUCH_ID, _NO_SUCH_STATE, _NO_SUCH_COUNT = 2, 3, 4
@@ -260,7 +262,8 @@ def _decoder_nll(
         weight, bias: (V, H), (V,).
         targets: (N,) ids.
         narrow: bf16 operands.
-        keep: keep exponentials in bf16 for a backward pass, which otherwise makes them again; not those of few words.
+        keep: keep exponentials for a backward pass, which otherwise makes them again: in bf16, or with f32 operands up
+            to `MOST_KEPT` in f32; not those of few words.
 
     Returns:
         nll (N,) in nats; and for the backward pass shift (N,), sums (N,), exponentials (V, N) padded, or empty.
@@ -282,9 +285,10 @@ def _decoder_shapes(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     nll, shift, sums = (hidden.new_empty(tokens) for _ in range(3))
-    kept = narrow and keep and vocabulary > FEW_WORDS
-    size = (vocabulary + 32, (tokens + 31) // 32 * 32) if kept else (0,)
-    return nll, shift, sums, hidden.new_empty(size, dtype=torch.bfloat16)
+    across = (tokens + 31) // 32 * 32
+    kept = keep and vocabulary > FEW_WORDS and (narrow or vocabulary * across <= MOST_KEPT)
+    size = (vocabulary + 32, across) if kept else (0,)
+    return nll, shift, sums, hidden.new_empty(size, dtype=torch.bfloat16 if narrow else torch.float32)
 
 
 operators.define(

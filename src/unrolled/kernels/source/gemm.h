@@ -71,21 +71,15 @@ static void to_rows(
 // Columns made rows: source (rows, columns) -> target (columns, padded rows).
 template <class T, class S>
 static void to_columns(const S* source, int64_t rows, int64_t columns, int64_t ld, T* target, int64_t target_ld) {
-    for (int64_t i = 0; i < target_ld; i += 16) {
-        const int64_t height = std::clamp<int64_t>(rows - i, 0, 16), width = std::min<int64_t>(target_ld - i, 16);
-        for (int64_t j = 0; j < columns; j += 16) {
-            const int64_t across = std::min<int64_t>(columns - j, 16);
-#if defined(__AVX512F__)
-            __m512i r[16];
-            for (int64_t k = 0; k < 16; ++k)
-                r[k] = k < height ? (__m512i)get_some(source + (i + k) * ld + j, across) : _mm512_setzero_si512();
-            transpose16(r);
+    for (int64_t i = 0; i < target_ld; i += LANES) {
+        const int64_t height = rows - i, width = std::min<int64_t>(target_ld - i, LANES);
+        for (int64_t j = 0; j < columns; j += LANES) {
+            const int64_t across = std::min<int64_t>(columns - j, LANES);
+            Words r[LANES];
+            for (int64_t k = 0; k < LANES; ++k)
+                r[k] = (Words)(k < height ? get_some(source + (i + k) * ld + j, across) : Vec{});
+            transpose(r);
             for (int64_t k = 0; k < across; ++k) put_some(target + (j + k) * target_ld + i, (Vec)r[k], width);
-#else
-            for (int64_t n = 0; n < across; ++n)
-                for (int64_t k = 0; k < width; ++k)
-                    put1(target + (j + n) * target_ld + i + k, k < height ? get1(source[(i + k) * ld + j + n]) : 0);
-#endif
         }
     }
 }
@@ -131,26 +125,27 @@ static void to_panel_from_columns(const float* source, int64_t k, int64_t column
                 const int64_t left = j < columns ? k - i : 0;
                 r[j] = (__m512i)_mm512_cvtne2ps_pbh((__m512)load_some(from + 16, left - 16), (__m512)load_some(from, left));
             }
-            transpose16(r);
+            transpose(r);
             for (int64_t j = 0; j < 16; ++j) _mm512_storeu_si512(panel + (i / 2 + j) * 32, r[j]);
         }
         return;
     }
 #endif
-    int64_t i = 0;
-#if defined(__AVX512F__)
-    if constexpr (G == 1)
-        for (; i < k; i += 16) {
-            __m512i r[16];
-            for (int64_t j = 0; j < 16; ++j) r[j] = (__m512i)load_some(source + j * ld + i, j < columns ? k - i : 0);
-            transpose16(r);
-            for (int64_t j = 0; j < std::min<int64_t>(16, k - i); ++j) _mm512_storeu_si512(panel + (i + j) * PANEL, r[j]);
-        }
-#endif
-    for (; i < depth; i += G)
-        for (int64_t j = 0; j < PANEL; ++j)
-            for (int64_t g = 0; g < G; ++g)
-                put1(panel + i * PANEL + j * G + g, j < columns && i + g < k ? source[j * ld + i + g] : 0);
+    if constexpr (G == 1) {
+        for (int64_t i = 0; i < k; i += LANES)
+            for (int64_t j = 0; j < PANEL; j += LANES) {
+                Words r[LANES];
+                for (int64_t l = 0; l < LANES; ++l)
+                    r[l] = (Words)load_some(source + (j + l) * ld + i, j + l < columns ? k - i : 0);
+                transpose(r);
+                for (int64_t l = 0; l < std::min<int64_t>(LANES, k - i); ++l) store(panel + (i + l) * PANEL + j, (Vec)r[l]);
+            }
+    } else {
+        for (int64_t i = 0; i < depth; i += G)
+            for (int64_t j = 0; j < PANEL; ++j)
+                for (int64_t g = 0; g < G; ++g)
+                    put1(panel + i * PANEL + j * G + g, j < columns && i + g < k ? source[j * ld + i + g] : 0);
+    }
 }
 
 // Those of some of the panels of n rows that run along k.

@@ -159,9 +159,10 @@ template <class T> static INLINE Vec rounded(Vec v) {
     return get(parts);
 }
 
+// LANES vectors of LANES 32-bit words, rows made columns.
 #if defined(__AVX512F__)
-// Sixteen vectors of sixteen 32-bit words, rows made columns.
-static INLINE void transpose16(__m512i r[16]) {
+typedef __m512i Words;
+static INLINE void transpose(Words r[16]) {
     __m512i t[16];
     for (int i = 0; i < 16; i += 2) {
         t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
@@ -185,5 +186,33 @@ static INLINE void transpose16(__m512i r[16]) {
         r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
         r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
     }
+}
+#elif defined(__AVX2__)
+typedef __m256i Words;
+static INLINE void transpose(Words r[8]) {
+    __m256i t[8];
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        t[i] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x20);
+        t[i + 4] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x31);
+    }
+    for (int i = 0; i < 8; ++i) r[i] = t[i];
+}
+#else
+typedef VecI Words;
+static INLINE void transpose(Words r[LANES]) {
+    Words t[LANES];
+    for (int i = 0; i < LANES; ++i)
+        for (int j = 0; j < LANES; ++j) t[i][j] = r[j][i];
+    for (int i = 0; i < LANES; ++i) r[i] = t[i];
 }
 #endif

@@ -95,7 +95,10 @@ def growth_chart(records: list[dict[str, Any]]) -> Figure:
             for number, subject in enumerate(subjects):
                 points = [(r["size"], r[field]) for r in records if (r["grows"], r["subject"]) == (kind, subject)]
                 axis.plot(*zip(*points, strict=True), marker="o", markersize=3, color=COLOURS[number], label=subject)
-            axis.set_xscale("linear" if kind == "threads" else "log")
+            if kind == "threads":
+                axis.set_xticks([1, 2])
+            else:
+                axis.set_xscale("log")
             axis.set_ylim(bottom=0)
             axis.yaxis.set_major_formatter("{x:,.6g}")
             axis.spines[["top", "right"]].set_visible(False)

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from unrolled.data.batches import Windows
 from unrolled.data.dataset import prepare
-from unrolled.data.text import open_corpus, text_is_there
+from unrolled.data.text import is_at_hand, open_corpus
 from unrolled.data.tokens import Vocabulary
 from unrolled.errors import UnrolledError
 from unrolled.kernels import build
@@ -77,7 +77,7 @@ def case(name: str) -> Case:
     """A recipe with its own text where that is here, else with ids drawn as Zipf has them."""
     recipe = load_recipe(name)
     data = recipe.data
-    if text_is_there(data.corpus):
+    if is_at_hand(data.corpus):
         dataset = prepare(
             open_corpus(data.corpus), Vocabulary(data.tokens, data.vocab_size, data.min_count, data.unknown)
         )

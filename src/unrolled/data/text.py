@@ -122,6 +122,13 @@ def text_is_there(name: str) -> bool:
     return name in KNOWN or (name != "-" and Path(name).exists())
 
 
+def is_at_hand(name: str) -> bool:
+    """Whether `open_corpus` would find it without a download."""
+    if name in KNOWN and KNOWN[name].url:
+        return find(name) is not None
+    return text_is_there(name)
+
+
 def find(name: str) -> Path | None:
     """The archive or folder of a known corpus on this machine, in `UNROLLED_DATA` or among what was imported."""
     known = KNOWN[name]

@@ -1,0 +1,47 @@
+"""Speed beside PyTorch's own layers: what is timed, and on what."""
+
+from pathlib import Path
+
+import pytest
+
+from unrolled import subjects
+from unrolled.bench import bench
+from unrolled.data.text import is_at_hand
+from unrolled.kernels import build
+
+
+def test_a_recipe_whose_text_is_not_here_is_timed_on_drawn_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is fetched for it."""
+    monkeypatch.delenv("UNROLLED_DATA", raising=False)
+    monkeypatch.setenv("UNROLLED_CACHE", str(tmp_path))
+    case = subjects.case("ptb-small")
+    assert (case.text, case.vocab_size, len(case.ids)) == ("random ids", 10_000, 1_000_000)
+    assert case.ids.max() < 10_000
+    assert not list(tmp_path.iterdir())
+    assert is_at_hand("stdlib")
+
+
+def test_subjects_in_bf16_are_left_out_where_the_processor_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "processor_flags", lambda: build.LEVELS["avx2"].flags)
+    assert subjects.fastest_precision() == "f32"
+    assert {"torch f32", "unrolled f32", "unrolled on PyTorch alone"} <= set(subjects.usual_subjects())
+    assert not any(name.endswith("bf16") for name in subjects.usual_subjects())
+    monkeypatch.setattr(build, "processor_flags", lambda: build.LEVELS["avx512-bf16"].flags)
+    assert subjects.usual_subjects() == tuple(subjects.SUBJECTS)
+
+
+def test_every_figure_of_a_bench_is_there(tmp_path: Path) -> None:
+    recipe = tmp_path / "small.toml"
+    recipe.write_text(
+        '[data]\ncorpus = "toy"\n[model]\nembedding_size = 8\nhidden_sizes = [8]\ndropout = 0.0\n'
+        '[training]\noptimizer = "sgd"\n'
+    )
+    answers = list(bench(str(recipe), ("train",), ("unrolled f32",), rounds=2, seconds=0.05))
+    assert [answer["subject"] for answer in answers] == ["torch f32", "unrolled f32"]
+    for answer in answers:
+        assert 0 < answer["minimum"] <= answer["median"] <= answer["maximum"]
+        assert answer["ratio_minimum"] <= answer["ratio_to_baseline"] <= answer["ratio_maximum"]
+        assert answer["share_of_ceiling"] > 0
+        assert answer["ceiling_gflop_per_second"] > 0
+        assert answer["peak_memory_mib"] > 0
+    assert answers[0]["ratio_to_baseline"] == 1

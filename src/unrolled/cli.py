@@ -12,10 +12,13 @@ from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 import unrolled
 from unrolled.answers import fail
-from unrolled.commands import looking, making, using
+from unrolled.commands import looking, measuring, using
 from unrolled.errors import UnrolledError
 
 NO_NEGATIVES = Parameter(negative=())
+TRAIN = """Train a model and leave a run folder.
+
+What an option does not say, the recipe says; the values in brackets are those of the recipe demo."""
 app = App(
     name="unrolled",
     help="Recurrent language models that anyone can train, trust and use on an ordinary computer.",
@@ -32,7 +35,8 @@ kernels_app = App(
 )
 app.command(data_app)
 app.command(kernels_app)
-for command in (making.train, making.evaluate, making.bench, using.score, using.predict, using.generate, using.serve):
+app.command("unrolled.commands.training:train", name="train", help=TRAIN)
+for command in (measuring.evaluate, measuring.bench, using.score, using.predict, using.generate, using.serve):
     app.command(command)
 for command in (looking.inspect, looking.embeddings, looking.report, looking.repair, looking.recipes):
     app.command(command)
@@ -43,7 +47,7 @@ for name, command in (
     ("show", looking.data_show),
 ):
     data_app.command(command, name=name)
-for name, command in (("build", making.kernels_build), ("status", making.kernels_status)):
+for name, command in (("build", measuring.kernels_build), ("status", measuring.kernels_status)):
     kernels_app.command(command, name=name)
 
 

@@ -1,11 +1,9 @@
-"""The command line's options: one for every field of a recipe, and the kinds that several commands share."""
+"""The options of `train`: one for every field of a recipe."""
 
-from collections.abc import Sequence
 from dataclasses import field, make_dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, get_args, get_origin
 
-from cyclopts import Group, Parameter, Token
+from cyclopts import Group, Parameter
 
 from unrolled.recipe import FIELDS, SECTIONS, load_recipe
 
@@ -48,17 +46,3 @@ if TYPE_CHECKING:
     class RecipeOptions: ...
 else:
     RecipeOptions = _recipe_options()
-
-Text = Annotated[str, Parameter(allow_leading_hyphen=True)]  # "-" is standard input
-RunFolder = Annotated[Path, Parameter(help="A run folder.", show_default=False)]
-Json = Annotated[bool, Parameter(help="Answer in JSON, one object a line.")]
-
-
-def _whole(kind: object, tokens: Sequence[Token]) -> int:
-    """A whole number as it is written; `int` of the command line's library would take 1.5 for 1."""
-    return int(tokens[0].value)
-
-
-Whole = Annotated[int, Parameter(converter=_whole)]
-Device = Annotated[str, Parameter(help="cpu, cuda, cuda:1; auto takes a GPU where there is one.")]
-Precision = Annotated[Literal["f32", "bf16"], Parameter(help="Of products; bf16 is faster, and less exact.")]

@@ -8,9 +8,8 @@ from cyclopts import Parameter
 
 import unrolled
 from unrolled.answers import notice, print_json, print_results, print_table, utf8
+from unrolled.commands.kinds import Json, RunFolder, Text
 from unrolled.errors import UnrolledError
-from unrolled.options import Json, RunFolder, Text
-from unrolled.recipe import load_recipe
 
 
 def inspect(run: RunFolder, /, *, json: Json = False) -> None:
@@ -165,7 +164,7 @@ def recipes(name: str | None = None, /, *, json: Json = False) -> None:
     from unrolled.recipe import recipe_header, shipped_recipes
 
     if name is not None:
-        recipe = load_recipe(name)
+        recipe = unrolled.load_recipe(name)
         if json:
             print_json(recipe.model_dump(mode="json"))
         else:

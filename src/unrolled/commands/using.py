@@ -10,8 +10,8 @@ from cyclopts import Parameter
 
 import unrolled
 from unrolled.answers import ScorePrinter, notice, notice_unknown, print_json, read_lines, utf8, visible
+from unrolled.commands.kinds import Device, Json, Precision, RunFolder, Text, Whole
 from unrolled.errors import UnrolledError
-from unrolled.options import Device, Json, Precision, RunFolder, Text, Whole
 
 
 def score(

@@ -1,57 +1,12 @@
-"""The commands that make a model and measure it: train, evaluate, bench, kernels."""
+"""The commands that measure: evaluate, bench; and kernels."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
 import unrolled
-from unrolled.answers import figure, notice, print_epoch, print_json, print_results, print_table
-from unrolled.options import Device, Json, Precision, RecipeOptions, RunFolder, Text, Whole
-
-
-def train(
-    recipe: str | None = None,
-    /,
-    *,
-    data: Text | None = None,
-    out: Path | None = None,
-    resume: bool = False,
-    quiet: bool = False,
-    json: Json = False,
-    options: Annotated[RecipeOptions, Parameter(name="*")] = RecipeOptions(),  # noqa: B008
-) -> int:
-    """Train a model and leave a run folder.
-
-    What an option does not say, the recipe says; the values in brackets are those of the recipe demo.
-
-    Parameters
-    ----------
-    recipe
-        A shipped recipe (unrolled recipes lists them) or a TOML file; demo when left out.
-    data
-        A corpus by name, a text file, a folder or archive with train, valid and test, or - for standard input.
-    out
-        The run folder; runs/RECIPE-N when left out.
-    resume
-        Go on with the run folder of --out, or with the newest of this recipe.
-    quiet
-        No progress.
-    """
-    from unrolled.progress import Display
-
-    changes = {name.replace("__", "."): value for name, value in vars(options).items()}
-    changes = {name: value for name, value in changes.items() if value is not None}
-    with Display(quiet=quiet, on_epoch=print_epoch if json else None) as display:
-        run = unrolled.train(recipe, data=data, out=out, resume=resume, changes=changes, progress=display)
-    if run.manifest["status"] == "stopped":
-        notice(f"stopped after step {run.manifest['steps']:,}; go on with: unrolled train --resume --out {run.path}")
-        return 130
-    if json:
-        print_json({"run": str(run.path), **run.manifest["results"]})
-    else:
-        print_results(run)
-    return 0
+from unrolled.answers import figure, notice, print_json, print_table
+from unrolled.commands.kinds import Device, Json, Precision, RunFolder, Text, Whole
 
 
 def evaluate(

@@ -25,7 +25,7 @@ def train(
     json: Json = False,
     options: Annotated[RecipeOptions, Parameter(name="*")] = RecipeOptions(),  # noqa: B008
 ) -> int:
-    """What `cli` says of it.
+    """Train a model and leave a run folder; its help is `cli.TRAIN`.
 
     Parameters
     ----------

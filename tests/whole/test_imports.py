@@ -202,6 +202,18 @@ def test_the_command_line_alone_needs_no_torch(arguments: list[str]) -> None:
     assert done.stdout
 
 
+def test_help_knows_nothing_of_a_recipe() -> None:
+    """Whose fields take as long to define as all the rest of help; `train --help` alone shows them."""
+    code = (
+        "import sys, unrolled.cli\n"
+        "try: unrolled.cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print('pydantic' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "False"
+
+
 def test_help_takes_less_than_half_a_second_of_processor_time() -> None:
     """Processor time, the least of five, so that what else the machine does has no say."""
 

@@ -1,13 +1,15 @@
-"""What happens before the loop: datasets of any vocabulary, devices, memory."""
+"""What happens before the loop: datasets of any vocabulary, devices, precision, memory."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import unrolled
 from unrolled import Recipe, UnrolledError
+from unrolled.kernels import build
 from unrolled.run import build_model, pick_device
 from unrolled.training.start import memory_needed
 
@@ -38,3 +40,17 @@ def test_a_device_is_picked_by_name() -> None:
     for name in ("abacus", "", "cuda:99", "meta", "cpu:7"):
         with pytest.raises(UnrolledError, match=f"no device '{name}' here"):
             pick_device(name)
+
+
+@pytest.mark.parametrize("multiplies", [False, True])
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+def test_who_asks_a_processor_for_the_bf16_that_it_has_not_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, multiplies: bool
+) -> None:
+    monkeypatch.setattr(build, "processor_multiplies_bf16", lambda: multiplies)
+    events: list[dict[str, Any]] = []
+    small = {"model.embedding_size": 2, "model.hidden_sizes": "2", "training.max_epochs": 1}
+    changes = small | {"training.precision": precision, "training.batch_size": 200}
+    unrolled.train("demo", data="toy", out=tmp_path / "run", changes=changes, progress=events.append)
+    told = any("no instruction for bf16" in event.get("text", "") for event in events)
+    assert told == (precision == "bf16" and not multiplies)

@@ -75,7 +75,7 @@ def say_kernels(path: Path, device: torch.device, precision: str, progress: Prog
     else:
         progress(note(f"{precision}, on the {used} kernels"))
     if precision == "bf16" and not build.processor_multiplies_bf16():
-        progress(note("this processor has no instruction for bf16; --precision f32 is faster, and exact"))
+        progress(note("this processor has no instruction for bf16; --precision f32 is faster, and rounds less"))
     if before not in (None, used):
         progress(note(f"this run began on the {before} kernels; it goes on, but not bit for bit"))
 

@@ -57,7 +57,6 @@ def measure(path: Path, unit: Unit) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--words", type=float, default=20)
-    parser.add_argument("--characters", type=float, default=100)
     parser.add_argument("--measure", nargs=2, metavar=("FILE", "UNIT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -68,7 +67,7 @@ def main() -> None:
         size = write_text(text, int(options.words * 1e6))
         print(f"{options.words:g} million words, {size / 1e6:.0f} million characters, one core")
         heads = (("tokens", 12), ("vocabulary", 10), ("seconds", 8), ("M tokens/s", 10), ("encode M/s", 10))
-        heads += (("again s", 8), ("peak MB", 8))
+        heads += (("again s", 8), ("peak MiB", 8))
         print("unit      ", *(f"{head:>{width}}" for head, width in heads))
         for unit in ("word", "character", "byte", "bpe"):
             environment = os.environ | {

@@ -240,7 +240,8 @@ def load(path: str | os.PathLike[str], device: str = "cpu", precision: str = "f3
     Args:
         path: the folder that training left.
         device: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one.
-        precision: "f32", or "bf16" for products of bf16, which are faster and shift a perplexity by some thousandths.
+        precision: "f32", or "bf16" for products of bf16, which shift a perplexity by some thousandths and are faster
+            where the processor has them.
 
     Raises:
         UnrolledError: it is no run folder, a file of it is missing, damaged or of a newer format, or there is no such

@@ -1,6 +1,6 @@
 """A corpus as ids: memory-mapped, in the smallest integer type, in a cache keyed by the hash of the text.
 
-A second start only hashes the text, and memory does not grow with the corpus.
+A second start only hashes text and ids, and memory does not grow with the corpus.
 """
 
 import hashlib

@@ -14,6 +14,7 @@ from unrolled.data.text import KNOWN, open_corpus, text_is_there
 from unrolled.data.tokens import Vocabulary
 from unrolled.errors import UnrolledError
 from unrolled.kernels import build
+from unrolled.kernels.ops import FEW_WORDS
 from unrolled.recipe import FIELDS, Recipe, load_recipe
 from unrolled.run import num_parameters
 from unrolled.training.resume import can_resume
@@ -71,7 +72,7 @@ def say_kernels(path: Path, device: torch.device, precision: str, progress: Prog
     if build.chosen_level() is None:
         progress(note(f"{precision}, on PyTorch alone: UNROLLED_KERNELS is off"))
     elif used == "none":
-        progress(note(f"{precision}, on PyTorch alone; unrolled kernels build makes this several times faster"))
+        progress(note(f"{precision}, on PyTorch alone; unrolled kernels build makes this faster"))
     else:
         progress(note(f"{precision}, on the {used} kernels"))
     if precision == "bf16" and not build.processor_multiplies_bf16():
@@ -129,14 +130,16 @@ def resumed_dataset(path: Path, recipe: Recipe, changes: dict[str, Any]) -> Data
 def memory_needed(recipe: Recipe, vocab_size: int) -> int:
     """Bytes that a training takes at least.
 
-    Weights, gradients, the optimiser's tensors; of a window the exponentials of all logits in bf16, and what every
-    layer keeps for its gradient: its outputs, gates and cells.
+    Weights, gradients, the optimiser's tensors; of a window what every layer keeps for its gradient (its outputs,
+    gates and cells), and the exponentials of all logits where the kernels keep them in bf16.
     """
     model, training = recipe.model, recipe.training
     copies = 4 if training.optimizer == "adamw" else 2
     kept = {"lstm": 6, "gru": 5, "elman": 2, "jordan": 2}[model.cell] * sum(model.hidden_sizes)
     tokens = training.num_steps * training.batch_size
-    return 4 * copies * num_parameters(model, vocab_size) + tokens * (2 * vocab_size + 4 * kept)
+    are_kept = training.precision == "bf16" and build.library() is not None and vocab_size > FEW_WORDS
+    exponentials = 2 * vocab_size if are_kept else 0
+    return 4 * copies * num_parameters(model, vocab_size) + tokens * (exponentials + 4 * kept)
 
 
 def note(text: str) -> dict[str, Any]:

@@ -31,7 +31,9 @@ data_app = App(
     name="data", help="The corpora: what there is, where it is, how to get it.", default_parameter=NO_NEGATIVES
 )
 kernels_app = App(
-    name="kernels", help="The native kernels: faster training and answers, compiled once.", default_parameter=NO_NEGATIVES
+    name="kernels",
+    help="The native kernels: faster training and answers, compiled once.",
+    default_parameter=NO_NEGATIVES,
 )
 app.command(data_app)
 app.command(kernels_app)

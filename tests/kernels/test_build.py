@@ -72,6 +72,29 @@ def test_a_damaged_library_is_not_loaded_and_is_built_again(empty_cache: Path, m
         build.build()
 
 
+_LATER = """
+import os, shutil, sys
+from unrolled.kernels import build
+there = build.library_path(sys.argv[1])
+os.environ["UNROLLED_CACHE"] = sys.argv[2]
+assert build.library() is None and build.in_use() == "none"
+path = build.library_path(sys.argv[1])
+path.parent.mkdir()
+for suffix in (".so", ".sha256"):
+    shutil.copy(there.with_suffix(suffix), path.with_suffix(suffix))
+assert build.build() == path and build.library() is not None
+os.environ["UNROLLED_KERNELS"] = "portable"
+print(build.in_use())
+"""
+
+
+@pytest.mark.skipif(build.library() is None, reason="the kernels are not built: unrolled kernels build")
+def test_what_another_process_built_is_taken_and_what_runs_is_what_is_said(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _LATER, build.in_use(), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == build.in_use()
+
+
 def test_without_a_compiler_the_way_out_is_named(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(empty_cache))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from unrolled.nn.loss import token_nll, token_nll_plain
 from unrolled.nn.model import LanguageModel
 from unrolled.nn.stream import Stream
 from unrolled.nn.unroll import unroll_native, unroll_plain
+from unrolled.training.optim import clip_and_step
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="the kernels are not built: unrolled kernels build")
 
@@ -135,6 +136,58 @@ def test_the_decoder_with_its_loss_agrees_with_whole_logits(
     ):
         native = run(token_nll)
     assert_near(native, plain, narrow)
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("words", [20, 300])
+def test_where_the_model_is_sure_of_the_target_nothing_is_left_to_learn_in_bf16_either(
+    native: bool, words: int
+) -> None:
+    torch.manual_seed(0)
+    decoder, hidden, targets = nn.Linear(7, words), torch.randn(400, 7, requires_grad=True), torch.full((400,), 5)
+    with torch.no_grad():
+        decoder.bias[5] = 60.0
+    with nullcontext() if native else build.switched_off(), torch.autocast("cpu", torch.bfloat16):
+        nll = token_nll(hidden, decoder, targets).sum() / 20
+    for gradient in torch.autograd.grad(nll, [hidden, *decoder.parameters()]):
+        assert gradient.abs().max() < 1e-8
+
+
+def test_near_zero_a_layer_keeps_its_digits() -> None:
+    for kind in ("lstm", "gru", "elman"):
+        cell = CELLS[kind](20, 20)
+        for parameter in cell.parameters():
+            nn.init.uniform_(parameter, -1e-3, 1e-3)
+        inputs = torch.randn(5, 3, 20) * 1e-3
+        native, plain = (way(cell, inputs, cell.initial_state(3))[0] for way in (unroll_native, unroll_plain))
+        assert (native - plain).norm() <= 1e-5 * plain.norm()
+
+
+def test_what_the_kernels_cannot_do_twice_they_refuse_to() -> None:
+    model, ids = LanguageModel(300, 4, [5]), torch.randint(300, (3, 2))
+    for native in (True, False):
+        with nullcontext() if native else build.switched_off():
+            nll, _, _ = model.nll(ids, ids, model.initial_state(2))
+            with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+                torch.autograd.grad(nll, model.get_parameter("decoder.weight"), create_graph=True)
+
+
+def test_a_gradient_of_weights_that_have_changed_since_is_refused() -> None:
+    model, ids = LanguageModel(300, 4, [5]), torch.randint(300, (3, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    nll, _, _ = model.nll(ids, ids, model.initial_state(2))
+    nll.backward(retain_graph=True)
+    clip_and_step(optimizer, 5.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        nll.backward()
+
+
+def test_a_decoder_without_biases_and_a_hidden_layer_in_bf16_are_taken() -> None:
+    hidden, targets = torch.randn(9, 7), torch.randint(300, (9,))
+    for decoder in (nn.Linear(7, 300, bias=False), nn.Linear(7, 300)):
+        for given_hidden in (hidden, hidden.bfloat16()):
+            expected = token_nll_plain(given_hidden.float(), decoder, targets)
+            torch.testing.assert_close(token_nll(given_hidden, decoder, targets), expected)
 
 
 @pytest.mark.parametrize("narrow", [False, True])
@@ -380,8 +433,11 @@ def test_what_a_caller_gets_wrong_is_an_error_and_no_crash() -> None:
     for inputs, targets in ((ids + 10**9, ids), (ids - 1, ids), (ids, ids + 300)):
         with pytest.raises(IndexError, match="not below the number of tokens"):
             model.nll(inputs, targets, model.initial_state(2))
-    with pytest.raises(ValueError, match="expects f32 or ids of shape"):
-        model.nll(ids, ids, model.initial_state(3))
+    states = model.initial_state(2)
+    longs = tuple(tuple(part.long() for part in state) for state in states)
+    for wrong in ((ids, ids, model.initial_state(3)), (ids, ids.to("meta"), states), (ids, ids, longs)):
+        with pytest.raises(ValueError, match=r"a kernel expects (f32|ids) of shape \(.*\) on the CPU, not"):
+            model.nll(*wrong)
     results = []
     for given_ids in (ids, ids.int()):
         nll, _, _ = model.nll(given_ids, given_ids, model.initial_state(2))
@@ -395,6 +451,11 @@ def test_what_a_caller_gets_wrong_is_an_error_and_no_crash() -> None:
     for k in (0, 301):
         with pytest.raises(ValueError, match="k must be at least 1"):
             stream.likeliest(ids[0, :1], k)
+    doubles = Stream(model, tuple(tuple(part.double() for part in state) for state in model.initial_state(1)))
+    with pytest.raises(ValueError, match="a kernel expects f32"):
+        doubles.likeliest(ids[0, :1], 3)
+    with pytest.raises(ValueError, match="contiguous"):
+        update.clip_and_descend([torch.ones(3, 2).T], [torch.ones(2, 3)], None, None, None, False, 1.0, 1.0)
     with pytest.raises(ValueError, match="the state is not that of so many streams"):
         stream.read(ids[:, 0])
     with pytest.raises(IndexError):

@@ -77,6 +77,23 @@ def test_a_gradient_that_is_not_finite_shows_in_the_norm(value: float) -> None:
     assert not math.isfinite(clip_by_global_norm(parameters(torch.tensor([1.0, value])), 5.0))
 
 
+def test_an_sgd_of_ones_own_steps_as_pytorch_has_it() -> None:
+    torch.manual_seed(1)
+    model, ids = LanguageModel(300, 8, [12]), torch.randint(300, (3, 2))
+    plain = copy.deepcopy(model)
+    for each, native in ((model, True), (plain, False)):
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.5, momentum=0.9, weight_decay=0.1)
+        for _ in range(3):
+            each.nll(ids, ids, each.initial_state(2))[0].backward()
+            if native:
+                clip_and_step(optimizer, 1e9)
+            else:
+                optimizer.step()
+                optimizer.zero_grad()
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("max_norm", [1e-2, 1e9])
 @pytest.mark.parametrize("norm_convention", ["exact", "tensorflow"])

@@ -18,4 +18,6 @@ def _whole(kind: object, tokens: Sequence[Token]) -> int:
 
 Whole = Annotated[int, Parameter(converter=_whole)]
 Device = Annotated[str, Parameter(help="cpu, cuda, cuda:1; auto takes a GPU where there is one.")]
-Precision = Annotated[Literal["f32", "bf16"], Parameter(help="Of products; bf16 is less exact, and faster where the processor has it.")]
+Precision = Annotated[
+    Literal["f32", "bf16"], Parameter(help="Of products; bf16 is less exact, and faster where the processor has it.")
+]

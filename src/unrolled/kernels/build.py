@@ -117,6 +117,7 @@ def build(again: bool = False) -> Path:
     if level is None:
         raise UnrolledError("the kernels are switched off: UNROLLED_KERNELS is off")
     path = library_path(level)
+    _loaded.cache_clear()  # whoever asked before it was there asks again
     if is_whole(path) and not again:
         return path
     command = compiler()
@@ -153,7 +154,7 @@ _CHECK = """
 import ctypes, sys
 import torch
 library = ctypes.CDLL(sys.argv[1])
-sys.exit(0 if library.prepare() == 0 else "the system does not grant the matrix unit")
+sys.exit(0 if library.prepare() == 0 else "the matrix unit is not granted; UNROLLED_KERNELS=avx512-bf16 does without")
 """
 
 
@@ -200,19 +201,20 @@ def switched_off() -> Iterator[None]:
 
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where they are not there or switched off."""
-    return None if _off else _loaded()
+    return None if _off else _loaded()[1]
 
 
 @cache
-def _loaded() -> ctypes.CDLL | None:
+def _loaded() -> tuple[str, ctypes.CDLL | None]:
+    """The level that was chosen when they were first asked for, and its library."""
     level = chosen_level()
     path = library_path(level) if level else None
-    if path is None or not is_whole(path):
-        return None
+    if level is None or path is None or not is_whole(path):
+        return "none", None
     loaded = ctypes.CDLL(str(path))
     for name, signature in SIGNATURES.items():
         getattr(loaded, name).argtypes = [_TYPES[letter] for letter in signature]
-    return loaded if loaded.prepare() == 0 else None
+    return (level, loaded) if loaded.prepare() == 0 else ("none", None)
 
 
 def processor_multiplies_bf16() -> bool:
@@ -222,7 +224,7 @@ def processor_multiplies_bf16() -> bool:
 
 def in_use() -> str:
     """The level of the kernels that run here, or none."""
-    return chosen_level() or "none" if library() is not None else "none"
+    return "none" if _off else _loaded()[0]
 
 
 def multiplies_bf16() -> bool:

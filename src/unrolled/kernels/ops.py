@@ -5,6 +5,7 @@ where they are not built is an error.
 """
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -54,20 +55,36 @@ def call(name: str, *arguments: Any) -> None:
         raise MemoryError("not enough memory for a kernel's workspace")
 
 
-def expect(*pairs: tuple[Tensor | None, tuple[int, ...]]) -> None:
+def expect(*pairs: tuple[Tensor | None, tuple[int, ...]], ids: bool = False) -> None:
     """The kernels read memory as they are told it lies, so what a caller gets wrong is refused before."""
+    wanted = (torch.int64, torch.int32) if ids else (torch.float32,)
     for tensor, shape in pairs:
-        if tensor is not None and (
-            tensor.shape != shape or tensor.dtype not in (torch.float32, torch.int64, torch.int32)
-        ):
-            raise ValueError(f"a kernel expects f32 or ids of shape {shape}, not {tensor.dtype} {tuple(tensor.shape)}")
+        if tensor is not None and (tensor.shape != shape or tensor.dtype not in wanted or tensor.device.type != "cpu"):
+            found = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+            raise ValueError(f"a kernel expects {'ids' if ids else 'f32'} of shape {shape} on the CPU, not {found}")
+
+
+def once(gradients: Callable[..., Any]) -> Callable[..., Any]:
+    """Gradients that have none themselves, and say so to who asks for a graph of them (`create_graph`)."""
+
+    @wraps(gradients)
+    def checked(ctx: Any, *arguments: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "this gradient cannot be differentiated again (create_graph); a plain loop over nn.cells can"
+            )
+        return gradients(ctx, *arguments)
+
+    return checked
 
 
 def _differentiable(
-    name: str, forward: Forward, context: Callable[..., None], gradients: Callable[..., Any]
+    name: str, forward: Forward, context: Callable[..., None], gradients: Callable[..., Any], twice: bool = False
 ) -> Forward:
-    """Gives an operator its gradient. Returns it as a function that goes round PyTorch's dispatcher where a gradient
-    may be asked for and nobody traces, which saves half of the time that it takes to call one."""
+    """Gives an operator its gradient, which has one itself where it says `twice`. Returns it as a function that goes
+    round PyTorch's dispatcher where a gradient may be asked for and nothing is compiled, which saves half of the time
+    that it takes to call one."""
+    gradients = gradients if twice else once(gradients)
     torch.library.register_autograd(f"unrolled::{name}", gradients, setup_context=context, lib=operators)
     operator = getattr(torch.ops.unrolled, name)
 
@@ -134,7 +151,8 @@ def _recurrent(
     inputs = inputs if inputs.is_floating_point() else as_int64(inputs)
     (batch, size), gates_size = h.shape, _GATES[kind] * h.shape[1]
     shape = (*inputs.shape[:2], weight_ih.shape[1])[: 3 if inputs.is_floating_point() else 2]
-    expect((inputs, shape), (h, (inputs.shape[1], size)), (c, (batch, size)), (bias, (gates_size,)))
+    expect((inputs, shape), ids=not inputs.is_floating_point())
+    expect((h, (inputs.shape[1], size)), (c, (batch, size)), (bias, (gates_size,)))
     expect((weight_ih, (gates_size, weight_ih.shape[1])), (weight_hh, (gates_size, size)))
     outputs, c_last, gates, cells = _recurrent_shapes(inputs, h, c, weight_ih, weight_hh, bias, kind, narrow)
     (steps, batch), ids = inputs.shape[:2], not inputs.is_floating_point()
@@ -269,7 +287,8 @@ def _decoder_nll(
         nll (N,) in nats; and for the backward pass shift (N,), sums (N,), exponentials (V, N) padded, or empty.
     """
     (tokens, size), vocabulary, targets = hidden.shape, len(weight), as_int64(targets)
-    expect((hidden, (tokens, size)), (weight, (vocabulary, size)), (bias, (vocabulary,)), (targets, (tokens,)))
+    expect((hidden, (tokens, size)), (weight, (vocabulary, size)), (bias, (vocabulary,)))
+    expect((targets, (tokens,)), ids=True)
     result = nll, shift, sums, exponentials = _decoder_shapes(hidden, weight, bias, targets, narrow, keep)
     call(
         "decoder_forward", narrow, torch.get_num_threads(), tokens, size, vocabulary, hidden.contiguous(),
@@ -367,4 +386,4 @@ def _dropout_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
     return torch.ops.unrolled.dropout(gradient, ctx.p, ctx.seed), None, None
 
 
-dropout = _differentiable("dropout", _dropout, _dropout_context, _dropout_gradient)
+dropout = _differentiable("dropout", _dropout, _dropout_context, _dropout_gradient, twice=True)

@@ -78,7 +78,8 @@ def _step(packed: Tensor, ids: Tensor, state: Tensor, vocab_size: int) -> tuple[
         logits (B, V to a multiple of 16, the rest -inf) and the logarithm of the sum of their exponentials (B,).
     """
     logits, normaliser = _step_shapes(packed, ids, state, vocab_size)
-    expect((ids, (len(ids),)), (state, (state.numel(),)))
+    expect((ids, (len(ids),)), ids=True)
+    expect((state, (state.numel(),)))
     ids, count = ids.long().contiguous(), torch.get_num_threads()
     call("step_of_model", packed, count, len(ids), ids, state, state.numel(), vocab_size, logits, normaliser)
     return logits, normaliser
@@ -98,7 +99,8 @@ def likeliest(packed: Tensor, id: Tensor, state: Tensor, k: int) -> tuple[Tensor
 
     Called as it is, it saves the time that PyTorch takes to call an operator, a tenth of the whole.
     """
-    expect((id, (1,)))
+    expect((id, (1,)), ids=True)
+    expect((state, (state.numel(),)))
     log_probs, ids = torch.empty(k), torch.empty(k, dtype=torch.int64)
     id = id.long()
     call("likeliest_of_model", packed, torch.get_num_threads(), id, state, state.numel(), k, ids, log_probs)

@@ -34,7 +34,7 @@ def clip_and_descend(
     """A clipped step of SGD: parameters -= rate * min(1, max_norm / norm) * gradients, where the norm is finite.
 
     Args:
-        parameters: contiguous, changed in place.
+        parameters: contiguous, changed in place, of which PyTorch is told.
         gradients: of these, in their shapes.
         table: (V, E), one more parameter, of whose rows few change; or None.
         ids: (N,), the rows of the table that do, any as often as it likes.
@@ -46,18 +46,25 @@ def clip_and_descend(
     Returns:
         The global norm before clipping, an f64 scalar. Stretches are summed in f32, their sums in f64.
     """
+    changed = [*parameters, table] if table is not None else list(parameters)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         expect((gradient, tuple(parameter.shape)))
+    for parameter in changed:
+        expect((parameter, tuple(parameter.shape)))
+        if not parameter.is_contiguous():
+            raise ValueError("a kernel changes contiguous parameters only")
     height = count = width = 0
     if table is not None and ids is not None and rows is not None:
         (height, width), count = table.shape, len(ids)
-        expect((table, (height, width)), (ids, (count,)), (rows, (count, width)))
+        expect((ids, (count,)), ids=True)
+        expect((rows, (count, width)))
         ids, rows = as_int64(ids).contiguous(), rows.contiguous()
     dense, norm = [gradient.contiguous() for gradient in gradients], torch.empty((), dtype=torch.float64)
     call(
         "clip_and_descend", torch.get_num_threads(), len(parameters), _pointers(parameters), _pointers(dense),
         _sizes(dense), count, width, height, table, ids, rows, apart, max_norm, rate, norm,
     )  # fmt: skip
+    torch.autograd.graph.increment_version(changed)
     return norm
 
 

@@ -69,13 +69,14 @@ def _loss_at_once(hidden: Tensor, decoder: nn.Module, targets: Tensor) -> Tensor
 
 
 def _has_kernel(decoder: nn.Module) -> TypeGuard[nn.Linear]:
-    return isinstance(decoder, nn.Linear) and ops.serves(decoder.weight)
+    return isinstance(decoder, nn.Linear) and decoder.bias is not None and ops.serves(decoder.weight)
 
 
 def _is_narrow(decoder: nn.Module, hidden: Tensor) -> TypeGuard[nn.Linear]:
     """On PyTorch alone a vocabulary of characters is faster in f32."""
     return (
         isinstance(decoder, nn.Linear)
+        and decoder.bias is not None
         and decoder.out_features > ops.FEW_WORDS
         and torch.is_autocast_enabled(hidden.device.type)
     )
@@ -95,7 +96,8 @@ def token_nll(hidden: Tensor, decoder: nn.Module, targets: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             return token_nll_plain(hidden.float(), decoder, targets)
     narrow, keep = torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()
-    nll, *_ = ops.decoder_nll(hidden.flatten(0, -2), decoder.weight, decoder.bias, targets.flatten(), narrow, keep)
+    hidden = hidden.flatten(0, -2).float()
+    nll, *_ = ops.decoder_nll(hidden, decoder.weight, decoder.bias, targets.flatten(), narrow, keep)
     return nll.view_as(targets)
 
 
@@ -111,6 +113,7 @@ class _SummedNLL(torch.autograd.Function):
         return -log_probs.gather(-1, targets.unsqueeze(-1)).sum()
 
     @staticmethod
+    @ops.once
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         log_probs, targets = ctx.saved_tensors
         (gradient,) = gradients
@@ -125,7 +128,9 @@ class _NarrowDecoder(torch.autograd.Function):
 
     A token's exponentials are relative to its target's logit, so the logarithm of their sum is the cost; where that
     comes near the end of what a float holds, they are relative to the largest. Bias and target's logit are columns
-    of the one product, [hidden, 1, -logit] by [weight, bias, 1], which then has the bias's gradient too.
+    of the one product, [hidden, 1, -logit] by [weight, bias, 1], which then has the bias's gradient too. The target's
+    own term, probability less 1, is kept out of the products and added in f32: where the model is sure of it, the two
+    all but cancel.
     """
 
     @staticmethod
@@ -147,21 +152,25 @@ class _NarrowDecoder(torch.autograd.Function):
             largest = logits.amax(-1, keepdim=True)
             shift, exponentials = shift + largest, logits.sub_(largest).exp_()
             sums = _sums_of_rows(exponentials)
-        ctx.save_for_backward(narrow_hidden, narrow_weight, targets, exponentials, sums)
+        own = exponentials.gather(1, targets.unsqueeze(-1)).float()
+        exponentials.scatter_(1, targets.unsqueeze(-1), 0.0)
+        ctx.save_for_backward(narrow_hidden, narrow_weight, targets, exponentials, sums, own)
         ctx.size = size
         return (sums.log() + (shift - target)).squeeze(-1)
 
     @staticmethod
+    @ops.once
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        hidden, weight, targets, exponentials, sums = ctx.saved_tensors
+        hidden, weight, targets, exponentials, sums, own = ctx.saved_tensors
         gradient, size = gradients[0].unsqueeze(-1), ctx.size
         factor = gradient / sums
+        of_target = own * factor - gradient
         d_hidden = product(exponentials, weight)[:, :size] * factor
-        d_hidden -= gradient * weight[targets, :size]
+        d_hidden += weight[targets, :size] * of_target
         d_columns = product(exponentials.T, (hidden * factor).bfloat16())
         d_weight, d_bias = d_columns[:, :size].float(), d_columns[:, size].float()
-        d_weight.index_add_(0, targets, hidden[:, :size] * gradient, alpha=-1)
-        d_bias.index_add_(0, targets, gradient.squeeze(-1), alpha=-1)
+        d_weight.index_add_(0, targets, hidden[:, :size] * of_target)
+        d_bias.index_add_(0, targets, of_target.squeeze(-1))
         return d_hidden, d_weight, d_bias, None
 
 

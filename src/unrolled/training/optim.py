@@ -63,7 +63,7 @@ def clip_and_step(optimizer: torch.optim.Optimizer, max_norm: float, norm_conven
     """
     (group,) = optimizer.param_groups
     parameters = group["params"]
-    if isinstance(optimizer, torch.optim.SGD) and ops.serves(parameters[0]):
+    if _is_plain(optimizer) and ops.serves(parameters[0]):
         norm = _descend(parameters, group["lr"], max_norm, norm_convention)
     else:
         norm = clip_by_global_norm(parameters, max_norm, norm_convention)
@@ -91,6 +91,12 @@ def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float, nor
     if norm > max_norm:
         torch._foreach_mul_(values, max_norm / norm)
     return norm
+
+
+def _is_plain(optimizer: torch.optim.Optimizer) -> bool:
+    (group,) = optimizer.param_groups
+    unlike = ("momentum", "weight_decay", "maximize")
+    return isinstance(optimizer, torch.optim.SGD) and not any(group[name] for name in unlike)
 
 
 def _descend(parameters: list[nn.Parameter], rate: float, max_norm: float, norm_convention: str) -> float:

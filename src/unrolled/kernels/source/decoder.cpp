@@ -177,6 +177,12 @@ static void backward(
                 std::min<int64_t>(PANEL, H + 1 - p * PANEL), scaled_panels + p * tall);
         me.wait();
 
+        // A token's own exponential. Its term in the products is of rounded operands; it is made exact, for where the model
+        // is sure of the target it all but cancels with what is taken away.
+        auto own = [&](int64_t n) {
+            if constexpr (sizeof(T) == 2) return exponentials ? from_bf16(exponentials[targets[n] * across + n]) : 0.0f;
+            else return 0.0f;
+        };
         const Share words = me.share(z.vocabulary, STRIP);
         for (int64_t v = words.begin + round_up(words.end - words.begin, BLOCK) - BLOCK; v >= words.begin; v -= BLOCK) {
             const int64_t count = std::min(BLOCK, words.end - v);
@@ -210,16 +216,20 @@ static void backward(
         for (int64_t n = 0; n < z.tokens; ++n) {
             const int64_t v = targets[n];
             if (v < words.begin || v >= words.end) continue;
-            for (int64_t j = 0; j < H; ++j) d_weight[v * H + j] -= gradient[n] * hidden[n * H + j];
-            d_bias[v] -= gradient[n];
+            const float e = own(n), *exact = scaled + n * (H + 1);
+            for (int64_t j = 0; j < H; ++j)
+                d_weight[v * H + j] += e * (exact[j] - rounded<T>(exact[j])) - gradient[n] * hidden[n * H + j];
+            d_bias[v] += e * (exact[H] - rounded<T>(exact[H])) - gradient[n];
         }
         me.wait();
-        for (int64_t n = mine.begin; n < mine.end; ++n)
+        for (int64_t n = mine.begin; n < mine.end; ++n) {
+            const float e = own(n), *row = weight + targets[n] * H;
             for (int64_t j = 0; j < H; ++j) {
-                float value = 0;
+                float value = e * (row[j] - rounded<T>(row[j]));
                 for (int i = 0; i < me.threads; ++i) value += totals[(i * upright + j) * across + n];
-                d_hidden[n * H + j] = value * factor[n] - gradient[n] * weight[targets[n] * H + j];
+                d_hidden[n * H + j] = value * factor[n] - gradient[n] * row[j];
             }
+        }
     });
 }
 

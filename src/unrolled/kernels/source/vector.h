@@ -26,8 +26,9 @@ static INLINE Vec splat(float x) { return x - Vec{}; }
 static INLINE float sum(Vec v) { float s = 0; for (int i = 0; i < LANES; ++i) s += v[i]; return s; }
 static INLINE float largest(Vec v) { float s = v[0]; for (int i = 1; i < LANES; ++i) s = v[i] > s ? v[i] : s; return s; }
 
-// e to the x: 2^n * p(r), x = n ln 2 + r, p the polynomial of Cephes' expf; within 2 units of the last place, 0 and
-// infinity beyond the range and for the infinities, NaN for NaN.
+// e to the x: 2^n * p(r), x = n ln 2 + r, p the polynomial of Cephes' expf; within 2 units of the last place (but for the
+// last third of a unit before infinity, on processors without AVX-512), 0 and infinity beyond the range and for the
+// infinities, NaN for NaN.
 static INLINE Vec exp(Vec x) {
 #if defined(__AVX512F__)
     x = (Vec)_mm512_max_ps(_mm512_set1_ps(-110.0f), _mm512_min_ps(_mm512_set1_ps(110.0f), (__m512)x));  // NaN stays
@@ -76,11 +77,19 @@ static INLINE Vec sigmoid(Vec x) {
     return inverse(1.0f + exp(-(x < least ? least : x)));
 }
 
+// By e to the -2 x; near 0, where 1 less that would lose its digits, the polynomial of Cephes' tanhf.
 static INLINE Vec tanh(Vec x) {
     Vec size = x < Vec{} ? -x : x;
     Vec e = exp(-2.0f * size);
     Vec value = (1.0f - e) * inverse(1.0f + e);
-    return x < Vec{} ? -value : value;
+    value = x < Vec{} ? -value : value;
+    Vec square = x * x;
+    Vec p = splat(-5.70498872745e-3f);
+    p = p * square + 2.06390887954e-2f;
+    p = p * square - 5.37397155531e-2f;
+    p = p * square + 1.33314422036e-1f;
+    p = p * square - 3.33332819422e-1f;
+    return size < 0.625f ? p * square * x + x : value;
 }
 
 // ------------------------------------------------------------------------------------------------ bfloat16
@@ -149,14 +158,15 @@ static INLINE Vec get_some(const bf16* p, int64_t count) {
     for (int64_t i = 0; i < count; ++i) v[i] = from_bf16(p[i]);
     return v;
 }
-static INLINE float get1(float x) { return x; }
-static INLINE float get1(bf16 x) { return from_bf16(x); }
-
 // As an operand of type T has it.
 template <class T> static INLINE Vec rounded(Vec v) {
     T parts[LANES];
     put(parts, v);
     return get(parts);
+}
+template <class T> static INLINE float rounded(float x) {
+    if constexpr (sizeof(T) == 2) return from_bf16(to_bf16(x));
+    else return x;
 }
 
 // LANES vectors of LANES 32-bit words, rows made columns.

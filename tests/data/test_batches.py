@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis.strategies import integers
 
 from unrolled import UnrolledError
+from unrolled.data import batches
 from unrolled.data.batches import Windows
 from unrolled.data.dataset import prepare
 from unrolled.data.text import open_corpus
@@ -39,9 +40,11 @@ def test_windows_are_those_of_the_reference_reader(N: int, B: int, T: int) -> No
         np.testing.assert_array_equal(targets.T.numpy(), data[:, k * T + 1 : (k + 1) * T + 1])
 
 
-def test_a_pass_broken_off_goes_on_from_its_cursor() -> None:
+@pytest.mark.parametrize("ids_at_once", [1, 3 * 7 * 4, 1 << 15])
+def test_a_pass_broken_off_goes_on_from_its_cursor(monkeypatch: pytest.MonkeyPatch, ids_at_once: int) -> None:
+    monkeypatch.setattr(batches, "_IDS_AT_ONCE", ids_at_once)
     windows = Windows(np.arange(1000), 3, 7)
-    whole, rest = list(windows), list(windows.since(5))
+    whole, rest = [windows[k] for k in range(len(windows))], list(windows.since(5))
     assert len(rest) == len(whole) - 5
     for (a, b), (c, d) in zip(whole[5:], rest, strict=True):
         assert torch.equal(a, c)

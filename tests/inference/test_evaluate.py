@@ -57,7 +57,7 @@ def test_exact_takes_one_sweep_of_a_model_that_forgets(ids: np.ndarray, monkeypa
     model, counted = (
         LanguageModel(int(ids.max()) + 1, 8, [12]),
         list[int](),
-    )  # small weights: half is forgotten at a step
+    )
 
     def counting(hidden: torch.Tensor, decoder: nn.Module, targets: torch.Tensor) -> tuple[torch.Tensor, int]:
         counted.append(targets.numel())

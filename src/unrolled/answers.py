@@ -93,7 +93,10 @@ def print_results(run: "Run") -> None:
         named = "paper" + ", teacher-forced" * ("teacher_forced" in results["valid"])
         rows.insert(0, ["valid", named, "", figure(results["valid_perplexity"], 2), ""])
     yardsticks = [name for name in ("trigram", "bigram", "unigram", "uniform") if f"{name}_test_perplexity" in results]
-    rows += [["test", name, "", figure(results[f"{name}_test_perplexity"], 2), ""] for name in yardsticks]
+    named = {"bigram": "bigram, one added to each count", "trigram": "trigram, one added to each count"}
+    rows += [
+        ["test", named.get(name, name), "", figure(results[f"{name}_test_perplexity"], 2), ""] for name in yardsticks
+    ]
     print_table(["split", "protocol", "tokens", "perplexity", "bits per character"], rows)
     train_perplexity = figure(results["train_perplexity"], 2)
     print(

@@ -10,7 +10,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,10 +31,13 @@ from unrolled.subjects import (
     case,
     fastest_precision,
     peer,
+    refuse_incomparable,
     usual_subjects,
 )
+from unrolled.threads import others_run
 
 TASKS = {"train": "tokens/s", "score": "tokens/s", "next-word": "µs"}
+_START_S = 5  # of a subject, about
 _CEILING, _CEILING_SIZE = "ceiling", 2048
 _CEILING_FLOP = 2.0 * _CEILING_SIZE**3
 
@@ -45,6 +48,7 @@ def bench(
     subjects: tuple[str, ...] = (),
     rounds: int = 5,
     seconds: float = 2.0,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> Iterator[dict[str, Any]]:
     """Times the subjects at a recipe's tasks, one round of all after another.
 
@@ -55,6 +59,7 @@ def bench(
             `SUBJECTS` is named, all of them that are of use on this processor.
         rounds: how often each is timed.
         seconds: how long a round of one takes, about.
+        progress: told of each task before it begins, and of others who use the processor.
 
     Yields:
         For each task and subject {"subject", "recipe", "task", "median", "minimum", "maximum", "unit",
@@ -63,7 +68,7 @@ def bench(
         products in this run, in bf16 where the processor multiplies it and else in f32.
 
     Raises:
-        UnrolledError: there is no such recipe, task or subject, or nothing to time.
+        UnrolledError: there is no such recipe, task or subject, nothing to time, or no way to compare the recipe.
     """
     if all("=" in name for name in subjects):
         subjects = (*usual_subjects(), *subjects)
@@ -74,7 +79,10 @@ def bench(
             )
     if rounds < 1 or not 0 < seconds < math.inf:
         raise UnrolledError(f"a benchmark takes one round or more and some seconds, not {rounds} and {seconds:g}")
-    training, flop = load_recipe(recipe).training, case(recipe).flop_per_token
+    training = refuse_incomparable(load_recipe(recipe)).training
+    flop = case(recipe).flop_per_token
+    if others_run():
+        progress("another program is using the processor; what is measured beside it is not worth much")
     for task in tasks:
         tokens = {"train": training.batch_size, "score": SCORED_STREAMS, "next-word": 1}[task]
         tokens *= 1 if task == "next-word" else training.num_steps
@@ -82,6 +90,8 @@ def bench(
             dict.fromkeys((BASELINE, *(name for name in subjects if task == "train" or not _only_trains(name))))
         )
         speeds: dict[str, list[float]] = {name: [] for name in (*names, _CEILING)}
+        takes = len(speeds) * (rounds * seconds + _START_S)
+        progress(f"{recipe}, {task}: {len(names)} subjects, {rounds} rounds; some {takes:,.0f} seconds")
         with ExitStack() as stack:
             workers = {name: stack.enter_context(_Worker(recipe, task, name, seconds)) for name in speeds}
             for _ in range(rounds):

@@ -65,7 +65,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         status = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
     except UnusedCliTokensError as error:
-        fail("too many arguments: " + " ".join(error.unused_tokens or []))
+        fail(
+            "too many arguments: "
+            + " ".join(error.unused_tokens or [])
+            + "; a text goes in quotes, with generate after --prompt"
+        )
     except CycloptsError as error:
         fail(str(error))
     except UnrolledError as error:

@@ -93,8 +93,8 @@ class Model(Section):
             )
         if self.cell == "jordan" and (self.embedding_size or len(self.hidden_sizes) > 1 or self.dropout):
             raise ValueError(
-                "jordan feeds its output back to one layer that reads one-hot tokens: "
-                "model.embedding_size 0, one of model.hidden_sizes, model.dropout 0"
+                "jordan feeds its output back to one layer that reads one-hot tokens: with it go "
+                "--model.embedding-size 0, a single one of --model.hidden-sizes, --model.dropout 0"
             )
         return self
 

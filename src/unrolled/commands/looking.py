@@ -81,7 +81,7 @@ def embeddings(
     most
         How many tokens the map shows.
     seed
-        Of the map's layout.
+        Another lays the map out otherwise.
     """
     if not words and map is None:
         raise UnrolledError("nothing to do; name words, or a file with --map")

@@ -1,5 +1,6 @@
 """The commands that measure: evaluate, bench; and kernels."""
 
+from itertools import groupby
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
@@ -69,10 +70,13 @@ def bench(
 ) -> None:
     """Speed beside PyTorch's own layers: the same recipe, text and machine, in alternating rounds.
 
+    Shown are the median, least and most of the rounds; the ratio, how many times as fast as torch f32; the ceiling, the
+    share of what PyTorch does on one large product; the most memory that was held.
+
     Parameters
     ----------
     recipe
-        Recipes, by name or file.
+        Recipes that train with SGD and a decoder of their own, by name or file.
     task
         train, score (64 streams), next-word (one stream).
     subject
@@ -86,21 +90,24 @@ def bench(
     from unrolled import bench as benchmark
 
     for name in recipe:
-        rows = []
-        for answer in benchmark.bench(name, task, subject, rounds, seconds):
-            if json:
-                print_json(answer)
-                continue
-            digits = 1 if answer["unit"] == "µs" else 0
-            spread = [figure(answer[which], digits) for which in ("median", "minimum", "maximum")]
-            share = answer["share_of_ceiling"]
-            shown = "" if share is None else f"{share:.0%}"
-            rows.append([answer["task"], answer["subject"], *spread, answer["unit"]])
-            memory = answer["peak_memory_mib"]
-            rows[-1] += [figure(answer["ratio_to_baseline"], 2), shown, "" if memory is None else f"{memory:,.0f}"]
-        if rows:
-            heads = [name, "", "median", "least", "most", "", "ratio", "of the ceiling", "MiB"]
-            print_table(heads, rows)
+        answers = benchmark.bench(name, task, subject, rounds, seconds, notice)
+        for which, of_task in groupby(answers, key=lambda answer: answer["task"]):
+            rows = []
+            for answer in of_task:
+                if json:
+                    print_json(answer)
+                    continue
+                digits, share, memory = (
+                    1 if answer["unit"] == "µs" else 0,
+                    answer["share_of_ceiling"],
+                    answer["peak_memory_mib"],
+                )
+                spread = [figure(answer[each], digits) for each in ("median", "minimum", "maximum")]
+                rows.append([answer["subject"], *spread, figure(answer["ratio_to_baseline"], 2)])
+                rows[-1] += ["" if share is None else f"{share:.0%}", "" if memory is None else f"{memory:,.0f}"]
+            if rows:
+                print(f"{name}, {which}, {benchmark.TASKS[which]}")
+                print_table(["", "median", "least", "most", "ratio", "ceiling", "MiB"], rows)
 
 
 def kernels_build(*, again: bool = False) -> None:
@@ -109,27 +116,41 @@ def kernels_build(*, again: bool = False) -> None:
     Parameters
     ----------
     again
-        Even where they are there.
+        Compile them again although they are there.
     """
-    from unrolled.kernels.build import build, chosen_level
+    from unrolled.kernels.build import build, chosen_level, is_whole, library_path
 
-    print(f"{chosen_level()}: {build(again)}")
+    level = chosen_level()
+    if level and (again or not is_whole(library_path(level))):
+        notice(f"compiling for {level}; it takes half a minute")
+    print(f"{level}: {build(again)}")
 
 
 def kernels_status(*, json: Json = False) -> None:
     """Which kernels this processor can run, and whether they are built."""
-    from unrolled.kernels.build import chosen_level, compiler, in_use, library_path
+    from unrolled.kernels.build import chosen_level, compiler, in_use, is_whole, library_path
 
     level, command = chosen_level(), compiler()
+    path = library_path(level) if level else None
     answer = {
         "in_use": in_use(),
         "level": level or "off",
-        "library": str(library_path(level)) if level else None,
+        "built": path is not None and is_whole(path),
+        "library": str(path) if path else None,
         "compiler": " ".join(command) if command else None,
     }
     if json:
         print_json(answer)
         return
-    print_table(["", ""], [[name.replace("_", " "), value or "none"] for name, value in answer.items()])
+    print_table(
+        ["", ""],
+        [
+            ["in use", answer["in_use"]],
+            ["best here, or chosen", answer["level"]],
+            ["built", "yes" if answer["built"] else "no"],
+            ["library", answer["library"] or "none"],
+            ["compiler", answer["compiler"] or "none"],
+        ],
+    )
     if answer["in_use"] == "none" and level:
         notice("not built: unrolled kernels build")

@@ -65,7 +65,8 @@ def score(
     carry
         A line goes on from the one before it, as one document; otherwise every line is scored afresh.
     unknown
-        What <unk> is worth: count, its own probability; skip, left out; spell, times that of its letters, all alike.
+        What <unk> is worth: count, its own probability; skip, left out; spell, times that of its letters, each equally
+        likely.
     most_tokens
         Longer lines are not scored.
     nbest
@@ -134,7 +135,7 @@ def predict(
     complete
         The last word is still being typed: name the words that it may become.
     words
-        Name the likeliest so many tokens in a row, found by a beam search.
+        How many tokens to predict in a row, found by a beam search.
     unknown
         Let <unk> be among them.
     """
@@ -242,7 +243,7 @@ def generate(
     unknown
         Let <unk> be drawn.
     random_start
-        Begin with a token drawn from all alike, instead of at the beginning of a line.
+        Begin with a random token, each equally likely, instead of at the beginning of a line.
     """
     if prompt is not None and prompt_file is not None:
         raise UnrolledError("--prompt and --prompt-file exclude each other")
@@ -318,9 +319,9 @@ def serve(
     threads
         That computing may use; all cores but one when left out.
     most_tokens
-        Read or drawn by one request.
+        The most that one request may read or draw.
     most_samples
-        Drawn by one request.
+        The most that one request may draw.
     most_seconds
         Until a request is given up.
     most_requests

@@ -148,7 +148,7 @@ def _train(
     else:
         keeper.save(keeper.states)  # so that there is a resume point from the first moment
     progress(note(f"{path}: {model.num_parameters():,} parameters, {windows.num_targets:,} tokens an epoch, {device}"))
-    start.say_kernels(path, device, training.precision, progress)
+    start.say_kernels(path, device, recipe, progress)
 
     reason = None
     try:

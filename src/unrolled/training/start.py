@@ -45,7 +45,7 @@ def make_dataset(recipe: Recipe, progress: Progress) -> Dataset:
     if valid.unknown > 0.05 * valid.tokens:
         share = valid.unknown / valid.tokens
         way_out = "try --data.tokens bpe, or another --data.vocab-size or --data.min-count"
-        progress(note(f"{share:.1%} of valid is <unk>: {way_out}"))
+        progress(note(f"{share:.1%} of valid is <unk>, which makes every figure too good: {way_out}"))
     if valid.tokens < 2 or dataset.splits["test"].tokens < 2:
         raise UnrolledError(f"{dataset.name} is too short: valid and test take two tokens or more each")
     return dataset
@@ -64,17 +64,19 @@ def settle_precision(asked: str, device: torch.device) -> str:
     return "bf16" if device.type == "cpu" and build.multiplies_bf16() else "f32"
 
 
-def say_kernels(path: Path, device: torch.device, precision: str, progress: Progress) -> None:
+def say_kernels(path: Path, device: torch.device, recipe: Recipe, progress: Progress) -> None:
     """Which kernels run, what would make it faster, and whether a resumed training began with others."""
     if device.type != "cpu":
         return
+    precision, cell = recipe.training.precision, recipe.model.cell
     used, before = build.in_use(), folder.read_manifest(path)["versions"].get("kernels")
     if build.chosen_level() is None:
         progress(note(f"{precision}, on PyTorch alone: UNROLLED_KERNELS is off"))
     elif used == "none":
         progress(note(f"{precision}, on PyTorch alone; unrolled kernels build makes this faster"))
     else:
-        progress(note(f"{precision}, on the {used} kernels"))
+        but = "" if cell in ("lstm", "gru", "elman") else f", but for its {cell} layer, which runs on PyTorch alone"
+        progress(note(f"{precision}, on the {used} kernels{but}"))
     if precision == "bf16" and not build.processor_multiplies_bf16():
         progress(note("this processor has no instruction for bf16; --precision f32 is faster, and rounds less"))
     if before not in (None, used):

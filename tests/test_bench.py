@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from unrolled import subjects
+from unrolled import UnrolledError, subjects
 from unrolled.bench import bench
 from unrolled.data.text import is_at_hand
 from unrolled.kernels import build
@@ -30,13 +30,47 @@ def test_subjects_in_bf16_are_left_out_where_the_processor_has_none(monkeypatch:
     assert subjects.usual_subjects() == tuple(subjects.SUBJECTS)
 
 
-def test_every_figure_of_a_bench_is_there(tmp_path: Path) -> None:
-    recipe = tmp_path / "small.toml"
-    recipe.write_text(
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    """What is trained in no time."""
+    path = tmp_path / "small.toml"
+    path.write_text(
         '[data]\ncorpus = "toy"\n[model]\nembedding_size = 8\nhidden_sizes = [8]\ndropout = 0.0\n'
         '[training]\noptimizer = "sgd"\n'
     )
-    answers = list(bench(str(recipe), ("train",), ("unrolled f32",), rounds=2, seconds=0.05))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("exit 3", "ended with status 3"),
+        ("read count; echo $count; exit 4", "ended with status 4"),
+        ("while read count; do echo rubbish; done", "was asked for 3 steps and answered 'rubbish'"),
+        ("exec >&-; read count; sleep 60", "closed its output"),
+    ],
+)
+def test_a_program_that_does_not_do_what_it_was_asked_for_is_named(recipe: str, program: str, said: str) -> None:
+    with pytest.raises(UnrolledError, match=said):
+        list(bench(recipe, ("train",), ("torch f32", f'other=sh -c "{program}"'), rounds=2, seconds=0.01))
+
+
+@pytest.mark.parametrize("name", ["=yes", "other=", "unrolled f32=yes"])
+def test_a_program_has_a_name_of_its_own_and_a_command(recipe: str, name: str) -> None:
+    with pytest.raises(UnrolledError, match="it takes NAME=COMMAND, and a name of its own"):
+        next(bench(recipe, ("train",), (name,)))
+
+
+@pytest.mark.parametrize("name", ["demo", "text8-jordan"])
+def test_what_pytorchs_layers_cannot_do_is_refused_before_anything_is_timed(name: str) -> None:
+    with pytest.raises(UnrolledError, match=f"{name} cannot be timed beside PyTorch's own layers"):
+        next(bench(name))
+
+
+def test_every_figure_of_a_bench_is_there(recipe: str) -> None:
+    said = list[str]()
+    answers = list(bench(recipe, ("train",), ("unrolled f32",), rounds=2, seconds=0.05, progress=said.append))
+    assert said[-1].startswith(f"{recipe}, train: 2 subjects, 2 rounds; some ")
     assert [answer["subject"] for answer in answers] == ["torch f32", "unrolled f32"]
     for answer in answers:
         assert 0 < answer["minimum"] <= answer["median"] <= answer["maximum"]

@@ -90,7 +90,7 @@ def main():
             params, states, value = step(params, states, inputs, targets, own)
             value.item()
             at += num_steps
-        print("done", flush=True)
+        print(line.strip(), flush=True)
 
 
 main()

@@ -61,7 +61,7 @@ def main():
             cost, states = step(tf.constant(inputs), tf.constant(targets), states)
             cost.numpy()
             at += num_steps
-        print("done", flush=True)
+        print(line.strip(), flush=True)
 
 
 main()

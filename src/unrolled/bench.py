@@ -38,6 +38,7 @@ from unrolled.threads import others_run
 
 TASKS = {"train": "tokens/s", "score": "tokens/s", "next-word": "µs"}
 _START_S = 5  # of a subject, about
+_PATIENCE_S = 900
 _CEILING, _CEILING_SIZE = "ceiling", 2048
 _CEILING_FLOP = 2.0 * _CEILING_SIZE**3
 
@@ -77,6 +78,9 @@ def bench(
             raise UnrolledError(
                 f"no {'task' if known is TASKS else 'subject'} {unknown!r}; there are " + ", ".join(known)
             )
+    for name in (one for one in subjects if "=" in one):
+        if not all(part.strip() for part in name.split("=", 1)) or name.partition("=")[0] in SUBJECTS:
+            raise UnrolledError(f"{name!r} is no other program: it takes NAME=COMMAND, and a name of its own")
     if rounds < 1 or not 0 < seconds < math.inf:
         raise UnrolledError(f"a benchmark takes one round or more and some seconds, not {rounds} and {seconds:g}")
     training = refuse_incomparable(load_recipe(recipe)).training
@@ -124,7 +128,7 @@ class _Worker:
     """A subject in a process of its own, where no other's memory or threads are in its way; it waits between rounds."""
 
     def __init__(self, recipe: str, task: str, subject: str, seconds: float) -> None:
-        context = multiprocessing.get_context("spawn")
+        self.subject, context = subject, multiprocessing.get_context("spawn")
         self.connection, other = context.Pipe()
         self.process = context.Process(target=_serve, args=(other, recipe, task, subject, seconds), daemon=True)
 
@@ -147,7 +151,12 @@ class _Worker:
 
     def _ask(self, what: str) -> Any:
         self.connection.send(what)
-        answer = self.connection.recv()
+        try:
+            if not self.connection.poll(_PATIENCE_S):
+                raise UnrolledError(f"{self.subject} has not answered for {_PATIENCE_S} seconds")
+            answer = self.connection.recv()
+        except EOFError as error:
+            raise UnrolledError(f"{self.subject}: its process was ended") from error
         if isinstance(answer, UnrolledError):
             raise answer
         return answer

@@ -2,8 +2,8 @@
 
 Every subject is a function that makes the work ready and returns `work(count)`, which does so many steps of it. It may
 also be a program, NAME=COMMAND, such as benchmarks/peers/jax_lm.py in an environment of its own, that is given the work
-as JSON {"recipe", "ids" (a .npy file), "vocab_size"}, and answers every count on its standard input with a line when it
-has taken so many training steps.
+as JSON {"recipe", "ids" (a .npy file), "vocab_size"}, and answers every count on its standard input with the same when
+it has taken so many training steps.
 """
 
 import json
@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -39,6 +39,7 @@ Work = Callable[[int], None]
 
 BASELINE, PRODUCTS = "torch f32", "products alone, torch"
 SCORED_STREAMS = 64
+_LAST_WORDS_S = 5
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -293,10 +294,18 @@ def peer(command: str, case: Case) -> Work:
     assert stdout is not None
 
     def train(count: int) -> None:
-        stdin.write(f"{count}\n")
-        stdin.flush()
-        if not stdout.readline():
-            raise UnrolledError(f"{command} ended with status {process.wait()}")
+        answer = ""
+        with suppress(BrokenPipeError):
+            stdin.write(f"{count}\n")
+            stdin.flush()
+            answer = stdout.readline()
+        if not answer:
+            with suppress(subprocess.TimeoutExpired):
+                raise UnrolledError(f"{command} ended with status {process.wait(_LAST_WORDS_S)}")
+            process.kill()
+            raise UnrolledError(f"{command} closed its output")
+        if answer.strip() != str(count):
+            raise UnrolledError(f"{command} was asked for {count} steps and answered {answer[:80].strip()!r}")
         folder.cleanup()  # it has been read
 
     return train

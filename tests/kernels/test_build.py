@@ -47,7 +47,7 @@ def test_levels_and_versions_do_not_share_a_library(monkeypatch: pytest.MonkeyPa
     [
         ("/nowhere/g++", "did not compile: /nowhere/g\\+\\+: No such file"),
         ("false", "did not compile: false ended with status 1"),
-        ("true", "do not run here"),  # it says it has compiled, and has not
+        ("true", "did not compile: true made no library"),  # it says it has compiled, and has not
     ],
 )
 def test_a_build_that_fails_is_said_and_leaves_nothing(

@@ -182,6 +182,19 @@ def test_a_gradient_of_weights_that_have_changed_since_is_refused() -> None:
         nll.backward()
 
 
+def test_another_precision_than_f32_is_pytorchs_and_autocast_to_f16_none_of_ours() -> None:
+    torch.manual_seed(0)
+    model, ids = LanguageModel(300, 4, [5]), torch.randint(300, (7, 2))
+    expected = model.nll(ids, ids, model.initial_state(2))[0]
+    with torch.autocast("cpu", torch.float16):
+        assert torch.equal(model.nll(ids, ids, model.initial_state(2))[0], expected)
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        model = model.to(dtype)
+        nll, _, _ = model.nll(ids, ids, model.initial_state(2))
+        assert nll.dtype == torch.promote_types(dtype, torch.float32)
+        torch.testing.assert_close(nll.float(), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_a_decoder_without_biases_and_a_hidden_layer_in_bf16_are_taken() -> None:
     hidden, targets = torch.randn(9, 7), torch.randint(300, (9,))
     for decoder in (nn.Linear(7, 300, bias=False), nn.Linear(7, 300)):

@@ -68,3 +68,6 @@ def test_what_torch_has_no_fused_layer_for_is_refused() -> None:
         unroll_fused(jordan, torch.randn(4, 1, 2), jordan.initial_state(1))
     with pytest.raises(TypeError, match="take vectors, not ids"):
         unroll_fused(lstm, torch.zeros(4, 1, dtype=torch.int64), lstm.initial_state(1))
+    for streams in (1, 2, 30):
+        with pytest.raises(ValueError, match="the state is not that of 3 streams of 3 units"):
+            unroll_fused(lstm, torch.zeros(4, 3, 2), lstm.initial_state(streams))

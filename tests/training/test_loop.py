@@ -1,6 +1,7 @@
 """What happens before the loop: datasets of any vocabulary, devices, precision, memory."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,33 @@ def test_who_asks_a_processor_for_the_bf16_that_it_has_not_is_told(
     unrolled.train("demo", data="toy", out=tmp_path / "run", changes=changes, progress=events.append)
     told = any("no instruction for bf16" in event.get("text", "") for event in events)
     assert told == (precision == "bf16" and not multiplies)
+
+
+@pytest.mark.skipif(build.library() is None, reason="the kernels are not built: unrolled kernels build")
+def test_which_kernels_a_training_ran_on_is_recorded_and_said_from_one_going_on_to_the_next(tmp_path: Path) -> None:
+    said = list[str]()
+
+    def listen(event: dict[str, Any]) -> None:
+        said.append(event.get("text", ""))
+
+    small = {"model.hidden_sizes": "4", "model.embedding_size": 4, "training.max_epochs": 1}
+    run = unrolled.train("demo", data="toy", out=tmp_path / "run", changes=small)
+    for epochs, native in ((2, False), (3, True)):
+        with nullcontext() if native else build.switched_off():
+            more = {"training.max_epochs": epochs}
+            run = unrolled.train(out=run.path, resume=True, changes=more, progress=listen)
+    history = f"{build.in_use()}, then none, then {build.in_use()}"
+    assert run.manifest["versions"]["kernels"] == history
+    assert f"the kernels of this run were {history}: it goes on, but not bit for bit" in said
+
+
+def test_a_layer_without_a_kernel_is_named(tmp_path: Path) -> None:
+    said = list[str]()
+    jordan = {"model.cell": "jordan", "model.embedding_size": 0, "model.hidden_sizes": "4", "model.dropout": 0.0}
+    unrolled.train(
+        "demo", data="toy", out=tmp_path / "run", changes=jordan | {"training.max_epochs": 1},
+        progress=lambda event: said.append(event.get("text", "")),
+    )  # fmt: skip
+    assert build.library() is None or any(
+        "but for its jordan layer, which runs on PyTorch alone" in one for one in said
+    )

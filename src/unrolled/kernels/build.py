@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from unrolled.files import cache_folder, sha256_of, write_whole
 
 SOURCES = Path(__file__).parent / "source"
 OPTIONS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-w")
-_CHECK_S = 60
+_ABANDONED_S = 3600
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ def compiler() -> list[str] | None:
     """The C++ compiler's command: `CXX`, or the first that is there."""
     if command := os.environ.get("CXX"):
         try:
-            return shlex.split(command)
+            if parts := shlex.split(command):
+                return parts
         except ValueError as error:
             raise UnrolledError(f"CXX is {command!r}, which is no command: {error}") from error
     return next(([path] for name in ("g++", "c++", "clang++") if (path := shutil.which(name))), None)
@@ -127,10 +129,15 @@ def build(again: bool = False) -> Path:
             "until then everything runs on PyTorch alone"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(".build-*"):  # by a build that was killed
+        if left.stat().st_mtime < time.time() - _ABANDONED_S:
+            shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".build-", dir=path.parent) as folder:
         made = Path(folder) / "kernels.so"
         sources = sorted(map(str, SOURCES.glob("*.cpp")))
         _run([*command, *OPTIONS, *LEVELS[level].options, *sources, "-o", str(made)], "did not compile")
+        if not made.exists():
+            raise UnrolledError(f"the kernels did not compile: {command[0]} made no library; CXX names the compiler")
         _run([sys.executable, "-c", _CHECK, str(made)], "do not run here")
         write_whole(_hash_file(path), sha256_of(made).encode())
         made.replace(path)
@@ -164,8 +171,10 @@ def _run(command: list[str], failure: str) -> None:
     except OSError as error:
         raise UnrolledError(f"the kernels {failure}: {command[0]}: {error.strerror}") from error
     if done.returncode:
-        said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-300:])
-        raise UnrolledError(f"the kernels {failure}: {said or f'{command[0]} ended with status {done.returncode}'}")
+        lines = done.stderr.strip().splitlines() or [f"{command[0]} ended with status {done.returncode}"]
+        said = [line for line in lines if "error" in line or "No space left" in line] or lines[-1:]
+        named = "; CXX names the compiler" if os.environ.get("CXX") else ""
+        raise UnrolledError(f"the kernels {failure}: {said[0]}{named}; until then everything runs on PyTorch alone")
 
 
 SIGNATURES = {

@@ -86,10 +86,10 @@ def _differentiable(
     name, backward_name = (way.__name__.removeprefix("_") for way in (forward, backward))
     operator = getattr(torch.ops.unrolled, name)
     traced = once(partial(gradients, getattr(torch.ops.unrolled, backward_name)))
-    direct = once(partial(gradients, backward))
     torch.library.register_autograd(f"unrolled::{name}", traced, setup_context=context, lib=operators)
+    direct = once(partial(gradients, backward))
 
-    class Direct(torch.autograd.Function):
+    class Direct(torch.autograd.Function):  # with PyTorch's `setup_context` a call would take twice the time
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
             output = forward(*arguments)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from unrolled.kernels import ops
-from unrolled.nn.rounding import product
+from unrolled.nn.rounding import is_asked, product
 
 _MOST_LOGITS = 1 << 27
 _FAST_DEPTH, _SUMMED, _FAR = 32, 256, 1e30
@@ -65,7 +65,13 @@ def _loss_at_once(hidden: Tensor, decoder: nn.Module, targets: Tensor) -> Tensor
     if _is_narrow(decoder, hidden):
         return token_nll(hidden, decoder, targets).sum()
     with torch.autocast(hidden.device.type, enabled=False):
-        return loss(decoder(hidden.float()), targets)[0]
+        return loss(decoder(_as_it_takes(hidden, decoder)), targets)[0]
+
+
+def _as_it_takes(hidden: Tensor, decoder: nn.Module) -> Tensor:
+    """Autocast may have narrowed it."""
+    weight = getattr(decoder, "weight", None)
+    return hidden.to(weight.dtype) if isinstance(weight, Tensor) else hidden.float()
 
 
 def _has_kernel(decoder: nn.Module) -> TypeGuard[nn.Linear]:
@@ -78,13 +84,15 @@ def _is_narrow(decoder: nn.Module, hidden: Tensor) -> TypeGuard[nn.Linear]:
         isinstance(decoder, nn.Linear)
         and decoder.bias is not None
         and decoder.out_features > ops.FEW_WORDS
-        and torch.is_autocast_enabled(hidden.device.type)
+        and is_asked(hidden.device.type)
     )
 
 
 def token_nll_plain(hidden: Tensor, decoder: nn.Module, targets: Tensor) -> Tensor:
     """The oracle of `token_nll`."""
-    return -decoder(hidden).float().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    logits = decoder(hidden)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return -logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
 def token_nll(hidden: Tensor, decoder: nn.Module, targets: Tensor) -> Tensor:
@@ -94,8 +102,8 @@ def token_nll(hidden: Tensor, decoder: nn.Module, targets: Tensor) -> Tensor:
             nll = _NarrowDecoder.apply(hidden.flatten(0, -2), decoder.weight, decoder.bias, targets.flatten())
             return nll.view_as(targets)
         with torch.autocast(hidden.device.type, enabled=False):
-            return token_nll_plain(hidden.float(), decoder, targets)
-    narrow, keep = torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()
+            return token_nll_plain(_as_it_takes(hidden, decoder), decoder, targets)
+    narrow, keep = is_asked("cpu"), torch.is_grad_enabled()
     hidden = hidden.flatten(0, -2).float()
     nll, *_ = ops.decoder_nll(hidden, decoder.weight, decoder.bias, targets.flatten(), narrow, keep)
     return nll.view_as(targets)

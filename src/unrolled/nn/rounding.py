@@ -16,6 +16,11 @@ def is_native() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def is_asked(kind: str) -> bool:
+    """Whether autocast is on for this kind of device, to bf16 and nothing else."""
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+
+
 def rounded(x: Tensor) -> Tensor:
     """The values that bf16 has for these, in f32."""
     return x.bfloat16().float()

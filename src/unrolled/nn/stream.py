@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from unrolled.kernels import ops, step
 from unrolled.nn.model import LanguageModel
+from unrolled.nn.rounding import is_asked
 from unrolled.nn.unroll import LayerStates, kernel_layer
 
 
@@ -27,7 +28,7 @@ class Stream:
     def __init__(self, model: LanguageModel, states: LayerStates) -> None:
         self.model = model
         kind = model.device.type
-        narrow = torch.is_autocast_enabled(kind)
+        narrow = is_asked(kind)
         self._precision = torch.autocast(kind, torch.bfloat16, enabled=narrow and kind != "cpu")
         self._packed: Tensor | None = None
         layers = [layer for cell in model.layers if (layer := kernel_layer(cell))]
@@ -36,6 +37,7 @@ class Stream:
             ops.serves(model.layers[0].weight_hh)
             and len(layers) == len(model.layers) <= step.MOST_LAYERS
             and isinstance(decoder, nn.Linear)
+            and decoder.bias is not None
         ):
             embedding = model.embedding.weight if isinstance(model.embedding, nn.Embedding) else None
             alone = len(states[0][0]) == 1

@@ -59,6 +59,7 @@ def unroll_fused(cell: Cell, inputs: Tensor, state: State) -> tuple[Tensor, Stat
 
     Raises:
         TypeError: PyTorch has no fused layer for this cell, or not over ids.
+        ValueError: the state is that of other streams.
     """
     if not inputs.is_floating_point():
         raise TypeError("PyTorch's fused layers take vectors, not ids")
@@ -66,11 +67,13 @@ def unroll_fused(cell: Cell, inputs: Tensor, state: State) -> tuple[Tensor, Stat
     bias_hh = torch.zeros_like(cell.bias_ih) if bias_hh is None else bias_hh
     weights = [cell.weight_ih, cell.weight_hh, cell.bias_ih, bias_hh]
     options = (True, 1, 0.0, cell.training, False, False)  # biases, layers, dropout, train, bidirectional, batch first
-    by_hand = inputs.device.type == "cpu" and torch.is_autocast_enabled("cpu") and not rounding.is_native()
+    by_hand = inputs.device.type == "cpu" and rounding.is_asked("cpu") and not rounding.is_native()
     if by_hand:
         inputs, weights[:2] = rounding.rounded(inputs), map(rounding.rounded, weights[:2])
     with torch.autocast("cpu", enabled=False) if by_hand else nullcontext():
         if isinstance(cell, LSTM):
+            if any(part.shape != (inputs.shape[1], cell.hidden_size) for part in state):  # it would be read beyond
+                raise ValueError(f"the state is not that of {inputs.shape[1]} streams of {cell.hidden_size} units")
             outputs, h, c = torch.lstm(inputs, [tensor.unsqueeze(0) for tensor in state], weights, *options)
             return outputs, (h.squeeze(0), c.squeeze(0))
         if isinstance(cell, GRU):
@@ -95,7 +98,7 @@ def unroll_native(cell: Cell, inputs: Tensor, state: State) -> tuple[Tensor, Sta
         raise TypeError(f"there is no kernel for {type(cell).__name__}")
     c = state[1] if isinstance(cell, LSTM) else None
     outputs, c_last, *_ = ops.recurrent(
-        inputs, state[0], c, *layer.weights, ops.KINDS[layer.kind], torch.is_autocast_enabled("cpu")
+        inputs, state[0], c, *layer.weights, ops.KINDS[layer.kind], rounding.is_asked("cpu")
     )
     return outputs, (outputs[-1],) if c is None else (outputs[-1], c_last)
 

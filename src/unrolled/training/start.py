@@ -80,7 +80,7 @@ def say_kernels(path: Path, device: torch.device, recipe: Recipe, progress: Prog
     if precision == "bf16" and not build.processor_multiplies_bf16():
         progress(note("this processor has no instruction for bf16; --precision f32 is faster, and rounds less"))
     if before not in (None, used):
-        progress(note(f"this run began on the {before} kernels; it goes on, but not bit for bit"))
+        progress(note(f"the kernels of this run were {before}: it goes on, but not bit for bit"))
 
 
 def located(data: str) -> str:

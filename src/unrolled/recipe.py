@@ -140,7 +140,7 @@ class Training(Section):
     device: str = "auto"
     """cpu, cuda, cuda:1; auto takes a GPU where there is one."""
     precision: Literal["auto", "f32", "bf16"] = "auto"
-    """bf16: products of bf16, summed in f32, weights in f32. auto: bf16 where kernels run and the processor has it."""
+    """bf16: products of bf16, summed in f32, weights in f32. auto: bf16 where the processor has it."""
     save_every: CountOrNone = 2000
     """Steps between resume points within an epoch; 0 for none by steps. Saving never takes over 2 % of the time."""
     save_every_s: PositiveFloat = 60.0

@@ -11,8 +11,9 @@ import torch
 import unrolled
 from unrolled import Recipe, UnrolledError
 from unrolled.kernels import build
+from unrolled.nn import rounding
 from unrolled.run import build_model, pick_device
-from unrolled.training.start import memory_needed
+from unrolled.training.start import memory_needed, settle_precision
 
 
 def test_a_vocabulary_beyond_two_bytes_is_held_out_and_evaluated(
@@ -45,6 +46,22 @@ def test_a_device_is_picked_by_name() -> None:
     for name in ("abacus", "", "cuda:99", "meta", "cpu:7"):
         with pytest.raises(UnrolledError, match=f"no device '{name}' here"):
             pick_device(name)
+
+
+@pytest.mark.parametrize("level", ["avx512-bf16", "avx512", "avx2"])
+@pytest.mark.parametrize("pytorch", [True, False])
+def test_without_kernels_auto_is_bf16_where_the_processor_and_pytorch_have_it(
+    monkeypatch: pytest.MonkeyPatch, level: str, pytorch: bool
+) -> None:
+    monkeypatch.setattr(build, "processor_flags", lambda: build.LEVELS[level].flags)
+    monkeypatch.setattr(rounding, "is_native", lambda: pytorch)
+    cpu = torch.device("cpu")
+    with build.switched_off():
+        assert settle_precision("auto", cpu) == ("bf16" if level == "avx512-bf16" and pytorch else "f32")
+        assert settle_precision("auto", torch.device("cuda")) == "f32"
+        assert [settle_precision(asked, cpu) for asked in ("f32", "bf16")] == ["f32", "bf16"]
+    if build.library() is not None:
+        assert settle_precision("auto", cpu) == ("bf16" if build.multiplies_bf16() else "f32")
 
 
 @pytest.mark.parametrize("multiplies", [False, True])

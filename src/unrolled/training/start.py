@@ -15,6 +15,7 @@ from unrolled.data.tokens import Vocabulary
 from unrolled.errors import UnrolledError
 from unrolled.kernels import build
 from unrolled.kernels.ops import FEW_WORDS
+from unrolled.nn import rounding
 from unrolled.recipe import FIELDS, Recipe, load_recipe
 from unrolled.run import num_parameters
 from unrolled.training.resume import can_resume
@@ -58,10 +59,12 @@ def identity(recipe: Recipe, dataset: Dataset) -> str:
 
 
 def settle_precision(asked: str, device: torch.device) -> str:
-    """What `auto` comes to here."""
+    """What `auto` comes to here: bf16 where what runs, the kernels or PyTorch alone, has the processor multiply it."""
     if asked != "auto":
         return asked
-    return "bf16" if device.type == "cpu" and build.multiplies_bf16() else "f32"
+    alone = build.processor_multiplies_bf16() and rounding.is_native()
+    native = build.multiplies_bf16() if build.library() is not None else alone
+    return "bf16" if device.type == "cpu" and native else "f32"
 
 
 def say_kernels(path: Path, device: torch.device, recipe: Recipe, progress: Progress) -> None:

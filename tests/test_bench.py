@@ -70,7 +70,7 @@ def test_what_pytorchs_layers_cannot_do_is_refused_before_anything_is_timed(name
 def test_every_figure_of_a_bench_is_there(recipe: str) -> None:
     said = list[str]()
     answers = list(bench(recipe, ("train",), ("unrolled f32",), rounds=2, seconds=0.05, progress=said.append))
-    assert said[-1].startswith(f"{recipe}, train: 2 subjects, 2 rounds; some ")
+    assert said[-1].startswith(f"{recipe}, train: 2 subjects, rounds: 2; some ")
     assert [answer["subject"] for answer in answers] == ["torch f32", "unrolled f32"]
     for answer in answers:
         assert 0 < answer["minimum"] <= answer["median"] <= answer["maximum"]

@@ -95,7 +95,7 @@ def bench(
         )
         speeds: dict[str, list[float]] = {name: [] for name in (*names, _CEILING)}
         takes = len(speeds) * (rounds * seconds + _START_S)
-        progress(f"{recipe}, {task}: {len(names)} subjects, {rounds} rounds; some {takes:,.0f} seconds")
+        progress(f"{recipe}, {task}: {len(names)} subjects, rounds: {rounds}; some {takes:,.0f} seconds")
         with ExitStack() as stack:
             workers = {name: stack.enter_context(_Worker(recipe, task, name, seconds)) for name in speeds}
             for _ in range(rounds):

@@ -1,6 +1,7 @@
 """The kernels are built when asked to, whole or not at all, and what cannot be built is said in one line."""
 
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -54,6 +55,9 @@ def test_a_build_that_fails_is_said_and_leaves_nothing(
     empty_cache: Path, monkeypatch: pytest.MonkeyPatch, compiler: str, said: str
 ) -> None:
     monkeypatch.setenv("CXX", compiler)
+    abandoned = empty_cache / "kernels" / ".build-killed"
+    abandoned.mkdir(parents=True)
+    os.utime(abandoned, (0, 0))
     with pytest.raises(UnrolledError, match=f"the kernels {said}"):
         build.build()
     assert list((empty_cache / "kernels").iterdir()) == []

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -119,8 +119,8 @@ def build(again: bool = False) -> Path:
     if level is None:
         raise UnrolledError("the kernels are switched off: UNROLLED_KERNELS is off")
     path = library_path(level)
-    _loaded.cache_clear()  # whoever asked before it was there asks again
     if is_whole(path) and not again:
+        _loaded.cache_clear()  # whoever asked before it was there asks again
         return path
     command = compiler()
     if command is None:
@@ -130,8 +130,9 @@ def build(again: bool = False) -> Path:
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(".build-*"):  # by a build that was killed
-        if left.stat().st_mtime < time.time() - _ABANDONED_S:
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(OSError):  # another sweeps too
+            if left.stat().st_mtime < time.time() - _ABANDONED_S:
+                shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=".build-", dir=path.parent) as folder:
         made = Path(folder) / "kernels.so"
         sources = sorted(map(str, SOURCES.glob("*.cpp")))

@@ -81,7 +81,7 @@ def test_an_option_of_another_cell_is_refused() -> None:
     for changes, expected in (
         ({"model.join": "add"}, "model.join is an option of elman, not of lstm"),
         ({"model.cell": "gru", "model.forget_bias": 1.0}, "model.forget_bias is an option of lstm, not of gru"),
-        ({"model.cell": "jordan"}, "model.embedding_size 0, one of model.hidden_sizes, model.dropout 0"),
+        ({"model.cell": "jordan"}, "--model.embedding-size 0, a single one of --model.hidden-sizes, --model.dropout 0"),
     ):
         with pytest.raises(UnrolledError, match=expected):
             Recipe().changed(changes)

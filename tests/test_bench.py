@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from unrolled import UnrolledError, subjects
-from unrolled.bench import bench
+from unrolled.bench import _Worker, bench
 from unrolled.data.text import is_at_hand
 from unrolled.kernels import build
 
@@ -53,6 +53,14 @@ def recipe(tmp_path: Path) -> str:
 def test_a_program_that_does_not_do_what_it_was_asked_for_is_named(recipe: str, program: str, said: str) -> None:
     with pytest.raises(UnrolledError, match=said):
         list(bench(recipe, ("train",), ("torch f32", f'other=sh -c "{program}"'), rounds=2, seconds=0.01))
+
+
+def test_a_subject_whose_process_is_ended_is_named(recipe: str) -> None:
+    with _Worker(recipe, "train", "unrolled f32", 0.01) as worker:
+        worker.process.kill()
+        worker.process.join()
+        with pytest.raises(UnrolledError, match="unrolled f32: its process was ended"):
+            worker.seconds_a_step()
 
 
 @pytest.mark.parametrize("name", ["=yes", "other=", "unrolled f32=yes"])

@@ -242,7 +242,9 @@ def mistake(command: Command, *arguments: object, stdin: Path | None = None) -> 
         (["train", "--precision", "f16"], "--training.precision must be 'auto', 'f32' or 'bf16', not f16"),
         (["train", "--data", "toy", "--device", "abacus", "--out", "x"], "no device 'abacus' here"),
         (["train", "--max-epochs"], "requires an argument"),
-        (["train", "demo", "more", "still"], "too many arguments: more still"),
+        (["train", "demo", "more", "still"], "too many arguments: more still\n"),
+        (["predict", "runs/x", "the", "old", "dog"], "too many arguments: old dog; a text goes in quotes\n"),
+        (["generate", "runs/x", "the old"], "too many arguments: the old; a text goes after --prompt, in quotes\n"),
         (["train", "--data", "no-such-file.txt"], "no corpus or file 'no-such-file.txt'"),
         (
             ["train", "--data", "toy", "--encoding", "klingon", "--data.tokens", "byte", "--model.cell", "x"],

@@ -93,10 +93,9 @@ def print_results(run: "Run") -> None:
         named = "paper" + ", teacher-forced" * ("teacher_forced" in results["valid"])
         rows.insert(0, ["valid", named, "", figure(results["valid_perplexity"], 2), ""])
     yardsticks = [name for name in ("trigram", "bigram", "unigram", "uniform") if f"{name}_test_perplexity" in results]
-    named = {"bigram": "bigram, one added to each count", "trigram": "trigram, one added to each count"}
-    rows += [
-        ["test", named.get(name, name), "", figure(results[f"{name}_test_perplexity"], 2), ""] for name in yardsticks
-    ]
+    for name in yardsticks:
+        counted = ", one added to each count" * name.endswith("gram")
+        rows.append(["test", name + counted, "", figure(results[f"{name}_test_perplexity"], 2), ""])
     print_table(["split", "protocol", "tokens", "perplexity", "bits per character"], rows)
     train_perplexity = figure(results["train_perplexity"], 2)
     print(

@@ -150,12 +150,12 @@ class _Worker:
         return self._ask("memory")
 
     def _ask(self, what: str) -> Any:
-        self.connection.send(what)
         try:
+            self.connection.send(what)
             if not self.connection.poll(_PATIENCE_S):
                 raise UnrolledError(f"{self.subject} has not answered for {_PATIENCE_S} seconds")
             answer = self.connection.recv()
-        except EOFError as error:
+        except (EOFError, OSError) as error:
             raise UnrolledError(f"{self.subject}: its process was ended") from error
         if isinstance(answer, UnrolledError):
             raise answer

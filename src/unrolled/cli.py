@@ -53,6 +53,9 @@ for name, command in (("build", measuring.kernels_build), ("status", measuring.k
     kernels_app.command(command, name=name)
 
 
+_WHERE_TEXT_GOES = {"predict": "; a text goes in quotes", "generate": "; a text goes after --prompt, in quotes"}
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """The command `unrolled`. A user's mistake is one line on standard error and exit status 2."""
     for name in ("stdout", "stderr"):
@@ -65,11 +68,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         status = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
     except UnusedCliTokensError as error:
-        fail(
-            "too many arguments: "
-            + " ".join(error.unused_tokens or [])
-            + "; a text goes in quotes, with generate after --prompt"
-        )
+        hint = _WHERE_TEXT_GOES.get(next(iter(error.command_chain or ()), ""), "")
+        fail("too many arguments: " + " ".join(error.unused_tokens or []) + hint)
     except CycloptsError as error:
         fail(str(error))
     except UnrolledError as error:

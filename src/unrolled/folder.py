@@ -163,9 +163,9 @@ def reopen(path: Path, recipe: Recipe, changes: dict[str, Any]) -> None:
     """A run folder is to be trained on, perhaps with other values than before; its results no longer hold."""
     manifest = read_manifest(path) | {"status": "training"}
     manifest["changes"] = manifest["changes"] | changes
-    kernels = manifest["versions"].get("kernels", "none")
-    if kernels.split(", then ")[-1] != in_use():
-        manifest["versions"] |= {"kernels": f"{kernels}, then {in_use()}"}
+    before = manifest["versions"].get("kernels")
+    if before is not None and before.split(", then ")[-1] != in_use():
+        manifest["versions"] |= {"kernels": f"{before}, then {in_use()}"}
     manifest.pop("results", None)
     manifest["files"].pop("recipe.toml", None)  # for a moment, lest a break between two writes look like damage
     write_manifest(path, manifest)

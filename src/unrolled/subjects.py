@@ -300,10 +300,12 @@ def peer(command: str, case: Case) -> Work:
             stdin.flush()
             answer = stdout.readline()
         if not answer:
-            with suppress(subprocess.TimeoutExpired):
-                raise UnrolledError(f"{command} ended with status {process.wait(_LAST_WORDS_S)}")
-            process.kill()
-            raise UnrolledError(f"{command} closed its output")
+            try:
+                status = process.wait(_LAST_WORDS_S)
+            except subprocess.TimeoutExpired as error:
+                process.kill()
+                raise UnrolledError(f"{command} closed its output") from error
+            raise UnrolledError(f"{command} ended with status {status}")
         if answer.strip() != str(count):
             raise UnrolledError(f"{command} was asked for {count} steps and answered {answer[:80].strip()!r}")
         folder.cleanup()  # it has been read

@@ -118,7 +118,7 @@ def kernels_build(*, again: bool = False) -> None:
 
     level = chosen_level()
     if level and (again or not is_whole(library_path(level))):
-        notice(f"compiling for {level}; it takes half a minute")
+        notice(f"compiling for {level}; it takes a quarter of a minute")
     print(f"{level}: {build(again)}")
 
 

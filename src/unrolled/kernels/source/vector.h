@@ -158,6 +158,7 @@ static INLINE Vec get_some(const bf16* p, int64_t count) {
     for (int64_t i = 0; i < count; ++i) v[i] = from_bf16(p[i]);
     return v;
 }
+
 // As an operand of type T has it.
 template <class T> static INLINE Vec rounded(Vec v) {
     T parts[LANES];

@@ -74,16 +74,19 @@ class Model(Section):
     """Weights begin uniform between minus this and this, biases at 0."""
     draw_decoder_bias: bool = False
     """The decoder's biases begin like weights, as in TensorFlow's tutorial."""
+    draw_layer_biases: bool = False
+    """So do those of the recurrent layers, as in Zaremba's program."""
     forget_bias: Annotated[float, Field(ge=-1e6, le=1e6)] = 0.0
     """Added to the LSTM's forget gate at the start; the references use none."""
     activation: Literal["tanh", "relu"] = "tanh"
     """Of elman and jordan."""
     join: Literal["concatenate", "add"] = "concatenate"
-    """How elman joins input and previous hidden layer: one matrix over both, or one for each, with biases, added."""
+    """How lstm and elman join input and previous hidden layer: one matrix over both; or one for each, with biases."""
 
     @model_validator(mode="after")
     def _options_belong_to_the_cell(self) -> Self:
-        for name, cells in (("forget_bias", ["lstm"]), ("activation", ["elman", "jordan"]), ("join", ["elman"])):
+        options = {"forget_bias": ["lstm"], "activation": ["elman", "jordan"], "join": ["lstm", "elman"]}
+        for name, cells in options.items():
             if self.cell not in cells and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"model.{name} is an option of {' and '.join(cells)}, not of {self.cell}")
         if self.tie_weights and self.embedding_size != self.hidden_sizes[-1]:

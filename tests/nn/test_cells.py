@@ -14,6 +14,7 @@ from unrolled.nn.cells import CELLS, GRU, LSTM, Cell, Elman, Jordan
 
 CASES: dict[str, tuple[Callable[[int, int], Cell], Callable[[int, int], nn.RNNCellBase]]] = {
     "lstm": (LSTM, nn.LSTMCell),
+    "lstm-add": (partial(LSTM, join="add"), nn.LSTMCell),
     "gru": (GRU, nn.GRUCell),
     "elman": (Elman, nn.RNNCell),
     "elman-relu": (partial(Elman, activation="relu"), partial(nn.RNNCell, nonlinearity="relu")),
@@ -100,6 +101,8 @@ def test_weights_begin_within_the_scale_and_biases_at_zero(kind: type[Cell]) -> 
             assert abs(parameter.mean()) < 0.002
         else:
             assert not parameter.any()
+    cell.reset_parameters(0.05, draw_biases=True)
+    assert all(0.04 < parameter.abs().max() <= 0.05 for parameter in cell.parameters())
 
 
 def test_the_forget_bias_is_on_the_forget_gate_alone() -> None:

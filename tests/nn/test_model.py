@@ -30,6 +30,20 @@ def test_tied_weights_are_one_matrix_that_learns_from_both_its_uses() -> None:
     torch.testing.assert_close(ours["embedding.weight"].grad, expected)
 
 
+def test_biases_are_drawn_where_that_is_asked_for_and_the_rest_is_as_it_was() -> None:
+    models = []
+    for decoder, layers in ((False, False), (True, False), (True, True)):
+        torch.manual_seed(3)
+        model = LanguageModel(300, 8, [12, 8], draw_decoder_bias=decoder, draw_layer_biases=layers, join="add")
+        models.append(dict(model.named_parameters()))
+    biases = [name for name in models[0] if "bias" in name]
+    assert len(biases) == 5
+    for name in models[0]:
+        assert torch.equal(models[0][name], models[1][name]) == (name != "decoder.bias")
+        assert bool(models[0][name].any()) == ("bias" not in name)
+        assert models[2][name].any()
+
+
 def test_layers_may_differ_in_size() -> None:
     model = LanguageModel(10_000, 200, [256, 128])
     assert model.num_parameters() == 3_955_088

@@ -1,5 +1,7 @@
 """The fused layer against the plain loop, values and gradients, over odd shapes."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -12,6 +14,7 @@ FAST: list[tuple[str, Unroll, bool]] = [
     *[(name, unroll_projected, True) for name in CELLS],
     *[(name, unroll_projected, False) for name in CELLS if name != "jordan"],
     *[(name, unroll_fused, False) for name in ("lstm", "gru", "elman")],
+    *[(name, way, False) for name in ("lstm, add", "elman, add") for way in (unroll_projected, unroll_fused)],
 ]
 
 
@@ -21,8 +24,10 @@ def test_the_fast_way_agrees_with_the_plain_loop(
     name: str, fast: Unroll, one_hot: bool, T: int, B: int, E: int, H: int, training: bool
 ) -> None:
     torch.manual_seed(T + 10 * B + 100 * E + 1000 * H)
-    cell = CELLS[name](E, H).train(training)
-    torch.nn.init.uniform_(cell.bias_ih, -0.5, 0.5)
+    kind, _, join = name.partition(", ")
+    options: dict[str, Any] = {"join": join} if join else {}
+    cell = CELLS[kind](E, H, **options).train(training)
+    cell.reset_parameters(0.5, draw_biases=True)
     results = []
     inputs = torch.randint(E, (T, B)) if one_hot else torch.randn(T, B, E)
     state = tuple(torch.randn_like(part) for part in cell.initial_state(B))

@@ -2,7 +2,7 @@ r"""One step of a recurrent layer: `(inputs, state) -> (output, state)`.
 
 A cell is an equation. Unrolling it over time lives in `unroll.py`, stacking in `model.py`. Parameter names, shapes and
 gate order are those of `torch.nn`'s cell where there is one, so that parity with it is one `load_state_dict`, except
-that a gate set has one bias vector here (`bias_ih`), as in the references; `torch.nn`'s second (`bias_hh`) is zero.
+that a gate set has one bias vector here (`bias_ih`) unless it is asked to have `torch.nn`'s second one (`bias_hh`).
 """
 
 from abc import ABC, abstractmethod
@@ -11,6 +11,11 @@ from typing import ClassVar, Literal, TypeAlias, final
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+Join: TypeAlias = Literal["concatenate", "add"]
+"""How input and feedback meet. "concatenate": one matrix over [x_t; h_{t-1}], which is [W_ih, W_hh], with one bias.
+"add": the two are transformed apart, each with its own bias, and added. The two compute the same functions; only the
+bias is learnt twice as fast when added."""
 
 State: TypeAlias = tuple[Tensor, ...]
 """What a cell carries from one step to the next, each tensor (B, H), a Jordan cell's (B, V)."""
@@ -30,7 +35,7 @@ class Cell(nn.Module, ABC):
     whole window is one product. Every gate set is one product over the input and one over what is fed back, so all
     cells share these parameters:
 
-    Shapes: weight_ih (G*H, E), weight_hh (G*H, F), bias_ih (G*H,) for G gates and F fed-back units, which are H.
+    Shapes: weight_ih (G*H, E), weight_hh (G*H, F), bias_ih (G*H,) for G gates and F fed-back units: H, or V.
     """
 
     gates: int
@@ -49,10 +54,10 @@ class Cell(nn.Module, ABC):
         self.bias_ih = nn.Parameter(torch.empty(self.gates * hidden_size))
         self.reset_parameters(hidden_size**-0.5)
 
-    def reset_parameters(self, init_scale: float) -> None:
-        """Weights uniform in [-init_scale, init_scale], biases zero."""
+    def reset_parameters(self, init_scale: float, draw_biases: bool = False) -> None:
+        """Weights uniform in [-init_scale, init_scale], biases zero, or drawn like the weights."""
         for parameter in self.parameters():
-            if parameter.dim() > 1:
+            if parameter.dim() > 1 or draw_biases:
                 nn.init.uniform_(parameter, -init_scale, init_scale)
             else:
                 nn.init.zeros_(parameter)
@@ -90,19 +95,22 @@ class LSTM(Cell):
 
     Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000; Zaremba et al. 2014 (arXiv 1409.2329),
     eq. 1-2. `forget_bias` is added to the forget gate's bias when the parameters are set; the references use none.
+    `join` is "add" in Zaremba's own program and in `torch.nn.LSTM`, "concatenate" in TensorFlow's tutorial.
 
-    Shapes: inputs (B, E), state (h (B, H), c (B, H)), output h (B, H). Gate order i, f, g, o.
+    Shapes: inputs (B, E), state (h (B, H), c (B, H)), output h (B, H); with "add" also bias_hh (4*H,). Gate order
+    i, f, g, o.
     """
 
     gates = 4
-    options = ("forget_bias",)
+    options = ("forget_bias", "join")
 
-    def __init__(self, input_size: int, hidden_size: int, forget_bias: float = 0.0) -> None:
+    def __init__(self, input_size: int, hidden_size: int, forget_bias: float = 0.0, join: Join = "concatenate") -> None:
         self.forget_bias = forget_bias
         super().__init__(input_size, hidden_size)
+        self.bias_hh = nn.Parameter(torch.zeros(4 * hidden_size)) if join == "add" else None
 
-    def reset_parameters(self, init_scale: float) -> None:
-        super().reset_parameters(init_scale)
+    def reset_parameters(self, init_scale: float, draw_biases: bool = False) -> None:
+        super().reset_parameters(init_scale, draw_biases)
         with torch.no_grad():
             self.bias_ih[self.hidden_size : 2 * self.hidden_size] += self.forget_bias
 
@@ -111,7 +119,7 @@ class LSTM(Cell):
 
     def step(self, projected: Tensor, state: State) -> tuple[Tensor, State]:
         h, c = state
-        i, f, g, o = (projected + h @ self.weight_hh.T).chunk(4, dim=-1)
+        i, f, g, o = (projected + F.linear(h, self.weight_hh, self.bias_hh)).chunk(4, dim=-1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
         return h, (h, c)
@@ -154,9 +162,7 @@ class Elman(Cell):
     Elman 1990, "Finding structure in time", fig. 2. Departs from it: :math:`\phi` is tanh or ReLU, not the logistic
     function, and gradients reach back through the window, not one step.
 
-    `join` says how input and feedback meet. "concatenate": one matrix over [x_t; h_{t-1}], which is
-    [W_ih, W_hh], with one bias. "add": the two are transformed apart, each with its own bias, and added, as
-    `torch.nn.RNNCell` does. The two compute the same functions; only the bias is learnt twice as fast when added.
+    `join` is "add" in `torch.nn.RNNCell`.
 
     Shapes: inputs (B, E), state (h (B, H),), output h (B, H); with "add" also bias_hh (H,).
     """
@@ -169,7 +175,7 @@ class Elman(Cell):
         input_size: int,
         hidden_size: int,
         activation: Activation = "tanh",
-        join: Literal["concatenate", "add"] = "concatenate",
+        join: Join = "concatenate",
     ) -> None:
         super().__init__(input_size, hidden_size)
         self.activation = _ACTIVATIONS[activation]

@@ -37,7 +37,7 @@ class LanguageModel(nn.Module):
         cell: a name in `CELLS`.
         dropout: the probability that a unit is dropped (1 - "keep probability").
         init_scale: every weight begins uniform in [-init_scale, init_scale], every bias at zero.
-        draw_decoder_bias: but the decoder's, which begins as the weights do.
+        draw_decoder_bias, draw_layer_biases: but the decoder's, or the layers', which begin as the weights do.
         tie_weights: the decoder's matrix is the embedding (Press & Wolf 2017, arXiv 1608.05859); E is then the top H.
         cell_options: what else the cell is made with, such as `forget_bias` or `activation`.
     """
@@ -52,6 +52,7 @@ class LanguageModel(nn.Module):
         init_scale: float = 0.1,
         tie_weights: bool = False,
         draw_decoder_bias: bool = False,
+        draw_layer_biases: bool = False,
         **cell_options: Any,
     ) -> None:
         super().__init__()
@@ -65,14 +66,15 @@ class LanguageModel(nn.Module):
             self.decoder.weight = self.embedding.weight
         self.dropout = Dropout(dropout)
         self.unroll: Unroll = unroll
-        self.reset_parameters(init_scale, draw_decoder_bias)
+        self.reset_parameters(init_scale, draw_decoder_bias, draw_layer_biases)
 
-    def reset_parameters(self, init_scale: float, draw_decoder_bias: bool = False) -> None:
+    def reset_parameters(
+        self, init_scale: float, draw_decoder_bias: bool = False, draw_layer_biases: bool = False
+    ) -> None:
         """Draw the weights anew, from torch's global generator.
 
-        Biases begin at zero (Zaremba et al. draw them too): the loss before training is then ln V whatever the seed,
-        which is worth more as a check than the noise of a few frequent words' biases. TensorFlow's tutorial draws those
-        of the decoder.
+        Where the decoder's biases begin at zero the loss before training is ln V whatever the seed. TensorFlow's
+        tutorial draws them, and Zaremba's program those of the layers too.
         """
         if isinstance(self.embedding, nn.Embedding):
             nn.init.uniform_(self.embedding.weight, -init_scale, init_scale)
@@ -80,7 +82,7 @@ class LanguageModel(nn.Module):
             nn.init.uniform_(self.decoder.weight, -init_scale, init_scale)
             nn.init.zeros_(self.decoder.bias)
         for cell in self.layers:
-            cell.reset_parameters(init_scale)
+            cell.reset_parameters(init_scale, draw_layer_biases)
         if draw_decoder_bias and isinstance(self.decoder, nn.Linear):
             nn.init.uniform_(self.decoder.bias, -init_scale, init_scale)
 

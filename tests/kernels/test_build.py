@@ -13,6 +13,7 @@ from unrolled import UnrolledError
 from unrolled.kernels import build
 
 ABLE = [name for name, level in build.LEVELS.items() if level.flags <= build.processor_flags()]
+BUILT = build.library_path(build.in_use()) if build.library() else None
 needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
 
 
@@ -24,16 +25,42 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_best_level_of_the_processor_is_taken_unless_another_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("UNROLLED_KERNELS", raising=False)
-    assert build.chosen_level() == ABLE[0]
-    assert ABLE[-1] == "portable"
+    assert build.levels() == ABLE
     for name in ABLE:
         monkeypatch.setenv("UNROLLED_KERNELS", name)
-        assert build.chosen_level() == name
+        assert build.levels() == [name]
     monkeypatch.setenv("UNROLLED_KERNELS", "off")
-    assert build.chosen_level() is None
+    assert build.levels() == []
     monkeypatch.setenv("UNROLLED_KERNELS", "avx1024")
     with pytest.raises(UnrolledError, match=r"'avx1024'; here it may be off, .*portable"):
-        build.chosen_level()
+        build.levels()
+
+
+_AVX512 = "avx2 fma avx512f avx512bw avx512dq avx512vl"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        (f"flags : fpu {_AVX512} avx512_bf16 amx_tile amx_bf16 amx_int8", "amx avx512-bf16 avx512 avx2 portable"),
+        (f"flags : {_AVX512} avx512_bf16", "avx512-bf16 avx512 avx2 portable"),
+        (f"flags : {_AVX512}", "avx512 avx2 portable"),
+        ("flags : avx2 fma", "avx2 portable"),
+        ("flags : avx2", "portable"),
+        ("Features : fp asimd bf16", "portable"),  # ARM
+        (None, "portable"),  # no Linux
+    ],
+)
+def test_each_processor_may_use_what_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpuinfo: str | None, expected: str
+) -> None:
+    monkeypatch.delenv("UNROLLED_KERNELS", raising=False)
+    file = tmp_path / "cpuinfo"
+    if cpuinfo is not None:
+        file.write_text(f"processor : 0\n{cpuinfo}\n", encoding="utf-8")
+    monkeypatch.setattr(build, "_CPUINFO", file)
+    monkeypatch.setattr(build, "processor_flags", build.processor_flags.__wrapped__)
+    assert build.levels() == expected.split()
 
 
 def test_levels_and_versions_do_not_share_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,6 +75,7 @@ def test_levels_and_versions_do_not_share_a_library(monkeypatch: pytest.MonkeyPa
     [
         ("/nowhere/g++", "did not compile: /nowhere/g\\+\\+: No such file"),
         ("false", "did not compile: false ended with status 1"),
+        ("sh -c 'kill -9 $$'", "did not compile: sh ended with SIGKILL"),
         ("true", "did not compile: true made no library"),  # it says it has compiled, and has not
     ],
 )
@@ -86,13 +114,45 @@ path = build.library_path(sys.argv[1])
 path.parent.mkdir()
 for suffix in (".so", ".sha256"):
     shutil.copy(there.with_suffix(suffix), path.with_suffix(suffix))
-assert build.build() == path and build.library() is not None
+assert build.build() == (sys.argv[1], path) and build.library() is not None
 os.environ["UNROLLED_KERNELS"] = "portable"
 print(build.in_use())
 """
 
 
-@pytest.mark.skipif(build.library() is None, reason="the kernels are not built: unrolled kernels build")
+@needs_compiler
+@pytest.mark.skipif(os.environ.get("UNROLLED_KERNELS") == "off", reason="they are switched off")
+def test_where_there_is_a_compiler_the_kernels_are_those_of_the_best_level() -> None:
+    """Else all that is tested of them elsewhere would be skipped, and nobody told."""
+    assert build.in_use() == build.levels()[0]
+
+
+@pytest.mark.skipif(BUILT is None, reason="the kernels are not built: unrolled kernels build")
+@pytest.mark.parametrize(
+    ("instead", "said"),
+    [
+        ("echo 'error: unknown option -mavx2' >&2; exit 1", "did not compile: error: unknown option -mavx2"),
+        ('echo no library > "$made"; exit', "do not run here: the library cannot be loaded"),
+    ],
+)
+def test_where_the_best_level_fails_it_is_told_and_the_next_is_built(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch, instead: str, said: str
+) -> None:
+    compiler = empty_cache / "cxx"
+    finds_its_output = 'for made; do :; done; case "$*" in *-mavx2*)'
+    script = f"#!/bin/sh\n{finds_its_output} {instead};; esac\ncp '{BUILT}' \"$made\"\n"
+    compiler.write_text(script, encoding="utf-8")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.delenv("UNROLLED_KERNELS", raising=False)
+    monkeypatch.setattr(build, "processor_flags", lambda: build.LEVELS["avx2"].flags)
+    told = list[str]()
+    assert build.build(progress=told.append) == ("portable", build.library_path("portable"))
+    assert told[1].startswith(f"avx2: the kernels {said}")
+    assert not build.is_whole(build.library_path("avx2"))
+
+
+@pytest.mark.skipif(BUILT is None, reason="the kernels are not built: unrolled kernels build")
 def test_what_another_process_built_is_taken_and_what_runs_is_what_is_said(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _LATER, build.in_use(), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -10,12 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis.strategies import booleans, floats, integers, sampled_from
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from unrolled.kernels import build, ops, step, update
 from unrolled.nn.cells import CELLS, Cell, State
 from unrolled.nn.dropout import Dropout, dropout_plain
 from unrolled.nn.loss import token_nll, token_nll_plain
 from unrolled.nn.model import LanguageModel
+from unrolled.nn.rounding import rounded
 from unrolled.nn.stream import Stream
 from unrolled.nn.unroll import unroll_native, unroll_plain
 from unrolled.training.optim import clip_and_step
@@ -24,6 +27,7 @@ pytestmark = pytest.mark.skipif(build.library() is None, reason="the kernels are
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
     ("lstm", {}),
+    ("lstm", {"join": "add"}),
     ("gru", {}),
     ("elman", {}),
     ("elman", {"activation": "relu", "join": "add"}),
@@ -102,6 +106,59 @@ def test_a_recurrent_layer_agrees_with_the_plain_loop(
         native = gradients(unroll_native, cell, inputs, state, weights)
     flips = "activation" in kind[1]  # with ReLU a unit near 0 may be rounded to its other side
     assert_near(native, plain, narrow, 0.2 if flips else 1e-2)
+
+
+class _Product(torch.autograd.Function):
+    """x w', every operand rounded to bf16, those of the backward pass too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(rounded(x), rounded(w))
+        return rounded(x) @ rounded(w).T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        (x, w), gradient = ctx.saved_tensors, rounded(gradients[0])
+        return gradient @ w, gradient.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+class _Rounding(TorchFunctionMode):
+    """Within it the cells' products are those of rounded operands."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            product = _Product.apply(*args[:2])
+            return product if len(args) < 3 or args[2] is None else product + args[2]
+        if func in (torch.Tensor.matmul, torch.Tensor.__matmul__):
+            return _Product.apply(args[0], args[1].T)
+        return func(*args, **(kwargs or {}))
+
+
+@given(
+    kind=sampled_from(KINDS),
+    steps=integers(1, 12),
+    batch=integers(1, 40),
+    inputs_size=integers(1, 70),
+    hidden_size=integers(1, 90),
+    seed=integers(0, 1000),
+)
+def test_in_bf16_a_recurrent_layer_is_the_plain_loop_with_rounded_operands(
+    kind: tuple[str, dict[str, Any]], steps: int, batch: int, inputs_size: int, hidden_size: int, seed: int
+) -> None:
+    """Each value and gradient by its own norm; and it is not the loop in f32."""
+    torch.manual_seed(seed)
+    cell = CELLS[kind[0]](inputs_size, hidden_size, **kind[1])
+    inputs = torch.randn(steps, batch, inputs_size)
+    state = tuple(torch.randn_like(tensor) / 2 for tensor in cell.initial_state(batch))
+    weights = [torch.randn(steps, batch, hidden_size), *map(torch.randn_like, state)]
+    with torch.autocast("cpu", torch.bfloat16):
+        native = gradients(unroll_native, cell, inputs, state, weights)
+    plain = gradients(unroll_plain, cell, inputs, state, weights)
+    with _Rounding():
+        narrow = gradients(unroll_plain, cell, inputs, state, weights)
+    for one, other in zip(native, narrow, strict=True):
+        assert (one - other).norm() <= 2e-3 * other.norm() + 1e-6
+    assert not all(torch.equal(one, other) for one, other in zip(native, plain, strict=True))
 
 
 @settings(max_examples=60)
@@ -306,6 +363,35 @@ def test_the_update_is_clipping_and_descent(
         torch.testing.assert_close(one, other)
 
 
+@given(
+    sizes=sampled_from([(1,), (5, 3), (4096, 17, 1), (10_000, 300)]),
+    scale=sampled_from([1e-3, 1.0, 1e3]),
+    weight_decay=sampled_from([0.0, 0.1]),
+    workers=integers(1, 3),
+)
+def test_the_update_of_adamw_is_clipping_and_pytorchs(
+    sizes: tuple[int, ...], scale: float, weight_decay: float, workers: int
+) -> None:
+    """Over three steps, and one between them that is not taken."""
+    torch.manual_seed(0)
+    first = [torch.randn(size) for size in sizes]
+    ways = [[nn.Parameter(tensor.clone()) for tensor in first] for _ in range(2)]
+    native, plain = (torch.optim.AdamW(way, lr=0.1, weight_decay=weight_decay) for way in ways)
+    for step_scale in (scale, math.nan, scale, 0.1 * scale):
+        gradients = [torch.randn(size) * step_scale for size in sizes]
+        norms = []
+        for optimizer, way in ((native, ways[0]), (plain, ways[1])):
+            for parameter, gradient in zip(way, gradients, strict=True):
+                parameter.grad = gradient.clone()
+            with threads(workers), nullcontext() if optimizer is native else build.switched_off():
+                norms.append(clip_and_step(optimizer, 5.0))
+        assert norms[0] == pytest.approx(norms[1], rel=1e-6, nan_ok=True)
+    for one, other in zip(*ways, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        for name, tensor in plain.state[other].items():
+            assert (native.state[one][name] - tensor).norm() <= 1e-5 * tensor.norm()
+
+
 def test_an_update_of_no_such_row_is_refused() -> None:
     with pytest.raises(IndexError, match="an id"):
         update.clip_and_descend([], [], torch.zeros(3, 2), torch.tensor([1, 3]), torch.ones(2, 2), False, 5.0, 0.1)
@@ -407,7 +493,10 @@ def test_the_operators_keep_to_pytorchs_rules() -> None:
         (names.recurrent, (leaf(3, 4, 5), leaf(4, 7), leaf(4, 7), *weights, 0, False)),
         (names.recurrent, (ids, leaf(4, 7), None, leaf(7, 5), leaf(7, 7), leaf(7), 2, False)),
         (names.decoder_nll, (leaf(6, 7), leaf(11, 7), leaf(11), torch.randint(11, (6,)), False, True)),
+        (names.recurrent, (leaf(3, 4, 5), leaf(4, 7), None, leaf(21, 5), leaf(21, 7), leaf(21), 1, True)),
+        (names.recurrent, (leaf(3, 4, 5), leaf(4, 7), None, leaf(7, 5), leaf(7, 7), leaf(7), 3, False)),
         (names.dropout, (leaf(3, 4), 0.5, 7)),
+        (names.clip_and_adapt, (*([torch.randn(3)] for _ in range(4)), [1], 5.0, 0.1, [0.9, 0.99], 1e-8, 0.1)),
         (names.clip_and_descend, ([torch.randn(3)], [torch.randn(3)], None, None, None, False, 5.0, 0.1)),
         (names.clip_and_descend, ([], [], torch.randn(5, 4), ids[0], torch.randn(4, 4), True, 5.0, 0.1)),
         (names.step, (packed, torch.tensor([3, 4]), torch.zeros(2 * 7 * 2), 30)),
@@ -415,6 +504,10 @@ def test_the_operators_keep_to_pytorchs_rules() -> None:
     ]
     for operator, arguments in cases:
         torch.library.opcheck(operator.default, arguments)
+    for narrow in (False, True):  # but for the values of what is kept, for beyond its words is room that nothing reads
+        arguments = leaf(6, 7), leaf(300, 7), leaf(300), torch.randint(300, (6,)), narrow, True
+        checks = "test_schema", "test_autograd_registration", "test_faketensor"
+        torch.library.opcheck(names.decoder_nll.default, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -438,6 +531,37 @@ def test_what_an_earlier_call_left_in_memory_has_no_say(kind: tuple[str, dict[st
                 gradients(unroll_native, spoilt, torch.ones(3, 9, 40), first, ones)
                 native = gradients(unroll_native, cell, inputs, state, weights)
             assert all(tensor.isfinite().all() for tensor in native)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("words", [20, 300])
+def test_what_an_earlier_loss_left_in_memory_has_no_say(narrow: bool, words: int) -> None:
+    spoilt, decoder = nn.Linear(70, 2 * words), nn.Linear(33, words)
+    with torch.no_grad():
+        spoilt.weight.fill_(torch.nan)
+    for kept in (ops.MOST_KEPT, 0):
+        with most_kept(kept), torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            for layer, tokens in ((spoilt, 90), (decoder, 37)):
+                hidden = torch.randn(tokens, layer.in_features, requires_grad=True)
+                nll = token_nll(hidden, layer, torch.arange(tokens) % words)
+                found = [nll, *torch.autograd.grad(nll.sum(), [hidden, *layer.parameters()])]
+        assert all(tensor.isfinite().all() for tensor in found)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("size", [200, 650, 1500])
+def test_layer_and_loss_agree_with_their_twins_in_the_sizes_of_the_recipes(narrow: bool, size: int) -> None:
+    torch.manual_seed(0)
+    cell, decoder = CELLS["lstm"](size, size), nn.Linear(size, 10_000)
+    inputs, state = torch.randn(3, 20, size), cell.initial_state(20)
+    targets, results = torch.randint(10_000, (3, 20)), []
+    for way, loss in ((unroll_native, token_nll), (unroll_plain, token_nll_plain)):
+        with threads(2), torch.autocast("cpu", torch.bfloat16, enabled=narrow and way is unroll_native):
+            outputs, after = way(cell, inputs, state)
+            nll = loss(outputs, decoder, targets)
+            found = torch.autograd.grad(nll.sum() / 20, [*cell.parameters(), *decoder.parameters()])
+        results.append([outputs, *after, nll, *found])
+    assert_near(results[0], results[1], narrow)
 
 
 def test_what_a_caller_gets_wrong_is_an_error_and_no_crash() -> None:
@@ -469,6 +593,20 @@ def test_what_a_caller_gets_wrong_is_an_error_and_no_crash() -> None:
         doubles.likeliest(ids[0, :1], 3)
     with pytest.raises(ValueError, match="contiguous"):
         update.clip_and_descend([torch.ones(3, 2).T], [torch.ones(2, 3)], None, None, None, False, 1.0, 1.0)
+    packed, state = stream._packed, stream._state
+    assert packed is not None
+    for wrong_packed, wrong_state, said in (
+        (packed.float(), state, "the bytes of `pack`"),
+        (packed[:-1], state, "no model from `pack`"),
+        (torch.zeros(100, dtype=torch.uint8), state, "no model from `pack`"),
+        (packed, torch.zeros(2 * len(state))[::2], "a state that is contiguous"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            torch.ops.unrolled.step(wrong_packed, ids[0, :1], wrong_state, 300)
+        with pytest.raises(ValueError, match=said):
+            torch.ops.unrolled.likeliest(wrong_packed, ids[0, :1], wrong_state, 5)
+    with pytest.raises(ValueError, match="a kernel expects f32 of shape"):
+        torch.ops.unrolled.dropout(torch.ones(1000, dtype=torch.float16), 0.5, 1)
     with pytest.raises(ValueError, match="the state is not that of so many streams"):
         stream.read(ids[:, 0])
     with pytest.raises(IndexError):
@@ -478,11 +616,38 @@ def test_what_a_caller_gets_wrong_is_an_error_and_no_crash() -> None:
     assert torch.equal(one.read(columns[:, 1]), other.read(columns[:, 1].contiguous()))
 
 
+def test_the_backward_operators_refuse_what_does_not_belong_together() -> None:
+    names, zeros = torch.ops.unrolled, torch.zeros
+    for targets, exponentials, error in (
+        (torch.tensor([0, 300]), zeros(0), IndexError),
+        (torch.tensor([0, -1]), zeros(0), IndexError),
+        (torch.tensor([0, 1, 2]), zeros(0), ValueError),
+        (torch.tensor([0, 1]), zeros(300, 32), ValueError),
+        (torch.tensor([0, 1]), zeros(332, 32, dtype=torch.bfloat16), ValueError),
+    ):
+        with pytest.raises(error):
+            names.decoder_nll_backward(
+                zeros(2), zeros(2, 7), zeros(300, 7), zeros(300), targets, zeros(2), zeros(2), exponentials, False
+            )
+    weights, gates, none = (zeros(7, 5), zeros(7, 7)), zeros(3, 4, 1, 1, 16), zeros(0)
+    for ids, outputs, kept, error in (
+        (torch.full((3, 4), 5), zeros(3, 4, 7), gates, IndexError),
+        (zeros(3, 4, dtype=torch.int64), zeros(3, 4, 8), gates, ValueError),
+        (zeros(3, 4, dtype=torch.int64), zeros(3, 4, 7), gates[1:], ValueError),
+    ):
+        with pytest.raises(error):
+            names.recurrent_backward(
+                outputs, None, ids, zeros(4, 7), None, *weights, outputs, kept, none, 2, False, False
+            )
+
+
 def test_a_step_of_another_model_or_of_more_layers_than_it_can_is_no_step() -> None:
     layer = ops.Layer("tanh", (torch.randn(7, 5), torch.randn(7, 7), torch.randn(7)))
     packed = step.pack([layer], torch.randn(300, 5), torch.randn(300, 7), torch.randn(300), narrow=False)
     with pytest.raises(ValueError, match="the state is not that of so many streams of this model"):
         torch.ops.unrolled.step(packed, torch.tensor([1]), torch.zeros(7), 30)
+    with pytest.raises(ValueError, match="up to 64 layers"):
+        step.pack([layer] * 65, None, torch.randn(300, 7), torch.randn(300), narrow=False)
     model = LanguageModel(10, 0, [3] * 65).eval()
     stream, plain = (Stream(model, model.initial_state(1)) for _ in range(2))
     assert torch.equal(stream.read(torch.tensor([1])), plain._read_plain(torch.tensor([1])))

@@ -114,22 +114,20 @@ def kernels_build(*, again: bool = False) -> None:
     again
         Compile them again although they are there.
     """
-    from unrolled.kernels.build import build, chosen_level, is_whole, library_path
+    from unrolled.kernels.build import build
 
-    level = chosen_level()
-    if level and (again or not is_whole(library_path(level))):
-        notice(f"compiling for {level}; it takes a quarter of a minute")
-    print(f"{level}: {build(again)}")
+    level, path = build(again, notice)
+    print(f"{level}: {path}")
 
 
 def kernels_status(*, json: Json = False) -> None:
     """Which kernels this processor can run, and whether they are built."""
-    from unrolled.kernels.build import chosen_level, compiler, in_use, is_whole, library_path
+    from unrolled.kernels.build import compiler, in_use, is_whole, levels, library_path
 
-    level, command = chosen_level(), compiler()
+    used, level, command = in_use(), next(iter(levels()), None), compiler()
     path = library_path(level) if level else None
     answer = {
-        "in_use": in_use(),
+        "in_use": used,
         "level": level or "off",
         "built": path is not None and is_whole(path),
         "library": str(path) if path else None,
@@ -148,5 +146,7 @@ def kernels_status(*, json: Json = False) -> None:
             ["compiler", answer["compiler"] or "none"],
         ],
     )
-    if answer["in_use"] == "none" and level:
+    if level and not answer["built"]:
         notice("not built: unrolled kernels build")
+    elif level and used != level:
+        notice(f"built for {level}, but it cannot be loaded, or the system does not grant the processor's matrix unit")

@@ -10,11 +10,12 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -23,11 +24,12 @@ from pathlib import Path
 import torch
 
 from unrolled.errors import UnrolledError
-from unrolled.files import cache_folder, sha256_of, write_whole
+from unrolled.files import cache_folder, sha256_of
 
 SOURCES = Path(__file__).parent / "source"
 OPTIONS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-w")
 _ABANDONED_S = 3600
+_CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -66,25 +68,25 @@ LEVELS = _levels()
 def processor_flags() -> frozenset[str]:
     """What the processor says it can do; nothing where there is no /proc/cpuinfo, which leaves the portable level."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = _CPUINFO.read_text(encoding="utf-8").splitlines()
     except OSError:
         return frozenset()
     return frozenset(next((line for line in lines if line.startswith("flags")), "").partition(":")[2].split())
 
 
-def chosen_level() -> str | None:
-    """The level to use: `UNROLLED_KERNELS` (a level, or off), or the best that this processor can.
+def levels() -> list[str]:
+    """The levels that may be used, the best first: those that this processor can, or `UNROLLED_KERNELS` (one, or off).
 
     Raises:
         UnrolledError: there is no such level, or the processor cannot do it.
     """
     able = [name for name, level in LEVELS.items() if level.flags <= processor_flags()]
-    wanted = os.environ.get("UNROLLED_KERNELS") or able[0]
-    if wanted == "off":
-        return None
+    wanted = os.environ.get("UNROLLED_KERNELS")
+    if not wanted or wanted == "off":
+        return [] if wanted else able
     if wanted not in able:
         raise UnrolledError(f"UNROLLED_KERNELS is {wanted!r}; here it may be off, " + ", ".join(able))
-    return wanted
+    return [wanted]
 
 
 def library_path(level: str) -> Path:
@@ -106,22 +108,39 @@ def compiler() -> list[str] | None:
     return next(([path] for name in ("g++", "c++", "clang++") if (path := shutil.which(name))), None)
 
 
-def build(again: bool = False) -> Path:
-    """Compiles the kernels for this processor, unless they are there.
+def build(again: bool = False, progress: Callable[[str], None] = lambda text: None) -> tuple[str, Path]:
+    """Compiles the kernels for this processor, unless they are there; where its best level fails, those of the next.
 
     The library is made under another name, tried in a process of its own, and then given its name, so two that build
     at once do each other no harm, and what does not run is never loaded.
 
+    Args:
+        again: although they are there.
+        progress: told of each level before it is compiled, and of those that failed.
+
+    Returns:
+        The level, and its library.
+
     Raises:
         UnrolledError: they are switched off, there is no compiler, or the build failed; PyTorch's own way remains.
     """
-    level = chosen_level()
-    if level is None:
-        raise UnrolledError("the kernels are switched off: UNROLLED_KERNELS is off")
-    path = library_path(level)
-    if is_whole(path) and not again:
+    failures: list[UnrolledError] = []
+    for level in levels():
+        path = library_path(level)
+        try:
+            if again or not is_whole(path):
+                progress(f"compiling for {level}; it takes a quarter of a minute")
+                _compile(level, path)
+        except UnrolledError as error:
+            failures.append(error)
+            progress(f"{level}: {error}")
+            continue
         _loaded.cache_clear()  # whoever asked before it was there asks again
-        return path
+        return level, path
+    raise failures[0] if failures else UnrolledError("the kernels are switched off: UNROLLED_KERNELS is off")
+
+
+def _compile(level: str, path: Path) -> None:
     command = compiler()
     if command is None:
         raise UnrolledError(
@@ -140,16 +159,15 @@ def build(again: bool = False) -> Path:
         if not made.exists():
             raise UnrolledError(f"the kernels did not compile: {command[0]} made no library; CXX names the compiler")
         _run([sys.executable, "-c", _CHECK, str(made)], "do not run here")
-        write_whole(_hash_file(path), sha256_of(made).encode())
+        with _hash_file(path).open("a", encoding="utf-8") as hashes:  # beside that of another, who builds at once
+            hashes.write(sha256_of(made) + "\n")
         made.replace(path)
-    _loaded.cache_clear()
-    return path
 
 
 def is_whole(path: Path) -> bool:
     """Whether a library is there as it was built."""
     try:
-        return _hash_file(path).read_text(encoding="utf-8") == sha256_of(path)
+        return sha256_of(path) in _hash_file(path).read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError):
         return False
 
@@ -159,11 +177,23 @@ def _hash_file(path: Path) -> Path:
 
 
 _CHECK = """
-import ctypes, sys
+import sys
+from pathlib import Path
 import torch
-library = ctypes.CDLL(sys.argv[1])
-sys.exit(0 if library.prepare() == 0 else "the matrix unit is not granted; UNROLLED_KERNELS=avx512-bf16 does without")
+from unrolled.kernels import build
+from unrolled.nn.model import LanguageModel
+library = build.opened(Path(sys.argv[1]))
+if library is None:
+    sys.exit("the library cannot be loaded, or the system does not grant the processor's matrix unit")
+build._loaded = lambda: ("tried", library)
+model, ids = LanguageModel(300, 20, [40]), torch.arange(90).view(9, 10)
+for narrow in (False, True):
+    with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+        nll, _, _ = model.nll(ids, ids, model.initial_state(10))
+    nll.backward()
+sys.exit(0 if nll.isfinite() else "what they compute is no number")
 """
+"""A step of training, in a process that may die of it."""
 
 
 def _run(command: list[str], failure: str) -> None:
@@ -172,10 +202,11 @@ def _run(command: list[str], failure: str) -> None:
     except OSError as error:
         raise UnrolledError(f"the kernels {failure}: {command[0]}: {error.strerror}") from error
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"{command[0]} ended with status {done.returncode}"]
+        ended = f"status {done.returncode}" if done.returncode > 0 else signal.Signals(-done.returncode).name
+        lines = done.stderr.strip().splitlines() or [f"{command[0]} ended with {ended}"]
         said = [line for line in lines if "error" in line or "No space left" in line] or lines[-1:]
         named = "; CXX names the compiler" if os.environ.get("CXX") else ""
-        raise UnrolledError(f"the kernels {failure}: {said[0]}{named}; until then everything runs on PyTorch alone")
+        raise UnrolledError(f"the kernels {failure}: {said[0]}{named}; without them all runs on PyTorch alone")
 
 
 SIGNATURES = {
@@ -185,12 +216,13 @@ SIGNATURES = {
     "decoder_forward": "iiqqq" + "p" * 8,
     "decoder_backward": "iiqqq" + "p" * 11,
     "clip_and_descend": "iipppqqqpppiddp",
+    "clip_and_adapt": "ii" + "p" * 7 + "d" * 5 + "p",
     "dropout": "iqqfqpp",
     "layer_size": "iiiqqp",
     "lay_out_layer": "iiiqq" + "p" * 6,
     "lay_out_decoder": "iqqpp",
-    "step_of_model": "piqppqqpp",
-    "likeliest_of_model": "pippqqpp",
+    "step_of_model": "pqiqppqqpp",
+    "likeliest_of_model": "pqippqqpp",
 }
 _TYPES = {"i": ctypes.c_int, "q": ctypes.c_int64, "p": ctypes.c_void_p, "f": ctypes.c_float, "d": ctypes.c_double}
 
@@ -216,15 +248,23 @@ def library() -> ctypes.CDLL | None:
 
 @cache
 def _loaded() -> tuple[str, ctypes.CDLL | None]:
-    """The level that was chosen when they were first asked for, and its library."""
-    level = chosen_level()
-    path = library_path(level) if level else None
-    if level is None or path is None or not is_whole(path):
-        return "none", None
-    loaded = ctypes.CDLL(str(path))
+    """The best level that was there when they were first asked for, and its library."""
+    for level in levels():
+        path = library_path(level)
+        if is_whole(path) and (found := opened(path)):
+            return level, found
+    return "none", None
+
+
+def opened(path: Path) -> ctypes.CDLL | None:
+    """A library, ready to be called; None where the system does not load it, or does not grant it the matrix unit."""
+    try:
+        found = ctypes.CDLL(str(path))
+    except OSError:
+        return None
     for name, signature in SIGNATURES.items():
-        getattr(loaded, name).argtypes = [_TYPES[letter] for letter in signature]
-    return (level, loaded) if loaded.prepare() == 0 else ("none", None)
+        getattr(found, name).argtypes = [_TYPES[letter] for letter in signature]
+    return found if found.prepare() == 0 else None
 
 
 def processor_multiplies_bf16() -> bool:

@@ -21,7 +21,7 @@ MOST_KEPT = 1 << 24
 """So many of a window's exponentials are kept in f32 for the backward pass, 64 MiB; more are made again."""
 SLOTS = (4, 4, 1, 1)
 """Of each kind, the gates that are computed and the numbers that are kept of each unit."""
-_NO_SUCH_ID, _NO_SUCH_STATE, _NO_SUCH_COUNT = 2, 3, 4
+_NO_SUCH_ID, _NO_SUCH_STATE, _NO_SUCH_COUNT, _NO_SUCH_MODEL = 2, 3, 4, 5
 operators = torch.library.Library("unrolled", "DEF")
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 
@@ -51,6 +51,8 @@ def call(name: str, *arguments: Any) -> None:
         raise ValueError("the state is not that of so many streams of this model")
     if failure == _NO_SUCH_COUNT:
         raise ValueError("k must be at least 1 and at most the number of tokens")
+    if failure == _NO_SUCH_MODEL:
+        raise ValueError("that is no model from `pack`")
     if failure:
         raise MemoryError("not enough memory for a kernel's workspace")
 
@@ -205,7 +207,16 @@ def _recurrent_backward(
         d_outputs, d_c_last, inputs, h, c, weight_ih, weight_hh, outputs, gates, cells, kind, narrow, wants_inputs
     )
     (steps, batch), ids = inputs.shape[:2], not inputs.is_floating_point()
+    wide, (_, size) = weight_ih.shape[1], h.shape
+    of_units = steps, batch, (size + 15) // 16
+    expect((inputs, (steps, batch) if ids else (steps, batch, wide)), ids=ids)
+    expect((d_outputs, (steps, batch, size)), (outputs, (steps, batch, size)), (h, (batch, size)), (c, (batch, size)))
+    expect((weight_ih, (_GATES[kind] * size, wide)), (weight_hh, (_GATES[kind] * size, size)))
+    expect((d_c_last, (batch, size)), (gates, (*of_units, SLOTS[kind], 16)))
+    expect((cells, (0,) if c is None else (*of_units, 16)))
+    inputs = as_int64(inputs) if ids else inputs
     inputs, h, weight_ih, weight_hh = (t.contiguous() for t in (inputs, h, weight_ih, weight_hh))
+    outputs, gates, cells = (t.contiguous() for t in (outputs, gates, cells))
     d_inputs, d_h, d_c, *rest = gradients
     call(
         "recurrent_backward", kind, narrow, torch.get_num_threads(), steps, batch, weight_ih.shape[1], h.shape[1],
@@ -307,10 +318,14 @@ def _decoder_shapes(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     nll, shift, sums = (hidden.new_empty(tokens) for _ in range(3))
-    across = (tokens + 31) // 32 * 32
-    kept = keep and vocabulary > FEW_WORDS and (narrow or vocabulary * across <= MOST_KEPT)
-    size = (vocabulary + 32, across) if kept else (0,)
+    size = _shape_of_kept(tokens, vocabulary)
+    kept = keep and vocabulary > FEW_WORDS and (narrow or vocabulary * size[1] <= MOST_KEPT)
+    size = size if kept else (0,)
     return nll, shift, sums, hidden.new_empty(size, dtype=torch.bfloat16 if narrow else torch.float32)
+
+
+def _shape_of_kept(tokens: int, vocabulary: int) -> tuple[int, int]:
+    return vocabulary + 32, (tokens + 31) // 32 * 32
 
 
 operators.define(
@@ -329,10 +344,17 @@ def _decoder_nll_backward(
     """Gradients of `decoder_nll`: of hidden, weight, bias, given that of each target's nll (N,)."""
     gradients = _decoder_backward_shapes(gradient, hidden, weight, bias, targets, shift, sums, exponentials, narrow)
     (tokens, size), vocabulary = hidden.shape, weight.shape[0]
+    expect((hidden, (tokens, size)), (weight, (vocabulary, size)), (bias, (vocabulary,)))
+    expect((gradient, (tokens,)), (shift, (tokens,)), (sums, (tokens,)))
+    expect((targets, (tokens,)), ids=True)
+    if exponentials.numel():
+        kind, shape = torch.bfloat16 if narrow else torch.float32, _shape_of_kept(tokens, vocabulary)
+        if exponentials.dtype != kind or exponentials.shape != shape or not exponentials.is_contiguous():
+            raise ValueError(f"the exponentials kept are not {kind} of shape {shape}")
     call(
         "decoder_backward", narrow, torch.get_num_threads(), tokens, size, vocabulary, gradient.contiguous(),
-        hidden.contiguous(), weight.contiguous(), bias.contiguous(), targets.contiguous(), shift, sums,
-        exponentials if exponentials.numel() else None, *gradients,
+        hidden.contiguous(), weight.contiguous(), bias.contiguous(), as_int64(targets).contiguous(),
+        shift.contiguous(), sums.contiguous(), exponentials if exponentials.numel() else None, *gradients,
     )  # fmt: skip
     return gradients
 
@@ -373,6 +395,7 @@ operators.define("dropout(Tensor x, float p, int seed) -> Tensor")
 @torch.library.impl(operators, "dropout", "CPU")
 def _dropout(x: Tensor, p: float, seed: int) -> Tensor:
     """x with each element zero with probability p, else divided by 1 - p; by a hash of seed and place."""
+    expect((x, tuple(x.shape)))
     x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     call("dropout", torch.get_num_threads(), x.numel(), int(p * 2**32), 1 / (1 - p), seed, x, y)
     return y

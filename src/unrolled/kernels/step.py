@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unrolled.kernels.ops import KINDS, SLOTS, Layer, call, expect, operators
 
-_HEADER, _LAYER = 8, 7
+_HEADER, _LAYER = 9, 7
 MOST_LAYERS = 64
 _REMEMBERED = 1024
 """Tokens whose product with the first layer's weights is kept, each in the place of its id modulo this."""
@@ -24,6 +24,8 @@ def pack(
     With `remembers` there is room beside them for what the first layer makes of a token, which need not be computed
     again when a single stream comes to it again; the bytes are then those of one reader at a time.
     """
+    if len(layers) > MOST_LAYERS:
+        raise ValueError(f"a packed model has up to {MOST_LAYERS} layers")
     itemsize, parts, size = 2 if narrow else 4, [], 8 * (_HEADER + _LAYER * MOST_LAYERS)
 
     def place(count: int, bytes_each: int) -> int:
@@ -32,7 +34,7 @@ def pack(
         return at
 
     vocabulary, top = weight.shape
-    header = [narrow, len(layers), vocabulary]
+    header = [0, narrow, len(layers), vocabulary]
     header += [place(embedding.numel() if embedding is not None else 0, 4)]
     header += [place((vocabulary + 15) // 16 * 16 * ((top + 31) // 32 * 32), itemsize), place(vocabulary, 4)]
     remembered = min(vocabulary, _REMEMBERED) if remembers and embedding is not None else 0
@@ -46,10 +48,10 @@ def pack(
         places = place(panels.value, itemsize), place(width, 4), place(rows * width, 4)
         header += [kind, one_hot, inputs, hidden, *places]
         parts.append((kind, one_hot, inputs, hidden, layer.weights, places))
-    packed = torch.zeros(size, dtype=torch.uint8)
+    header[0], packed = size, torch.zeros(size, dtype=torch.uint8)
     begin = packed.data_ptr()
     packed[: 8 * len(header)].view(torch.int64).copy_(torch.tensor(header, dtype=torch.int64))
-    at_embedding, at_decoder, at_bias = header[3:6]
+    at_embedding, at_decoder, at_bias = header[4:7]
     if embedding is not None:
         packed[at_embedding:][: 4 * embedding.numel()].view(torch.float32).copy_(embedding.flatten())
     packed[at_bias:][: 4 * vocabulary].view(torch.float32).copy_(bias)
@@ -59,6 +61,12 @@ def pack(
         begins = [begin + at for at in places]
         call("lay_out_layer", kind, narrow, one_hot, inputs, hidden, *contiguous, *begins)
     return packed
+
+
+def _expect_in_place(packed: Tensor, state: Tensor) -> None:
+    expect((state, (state.numel(),)))
+    if packed.dtype != torch.uint8 or not packed.is_contiguous() or not state.is_contiguous():
+        raise ValueError("a kernel expects the bytes of `pack` and a state that is contiguous")
 
 
 operators.define("step(Tensor(a!) packed, Tensor ids, Tensor(b!) state, int vocab_size) -> (Tensor, Tensor)")
@@ -79,9 +87,12 @@ def _step(packed: Tensor, ids: Tensor, state: Tensor, vocab_size: int) -> tuple[
     """
     logits, normaliser = _step_shapes(packed, ids, state, vocab_size)
     expect((ids, (len(ids),)), ids=True)
-    expect((state, (state.numel(),)))
+    _expect_in_place(packed, state)
     ids, count = ids.long().contiguous(), torch.get_num_threads()
-    call("step_of_model", packed, count, len(ids), ids, state, state.numel(), vocab_size, logits, normaliser)
+    call(
+        "step_of_model", packed, packed.numel(), count, len(ids), ids, state, state.numel(), vocab_size, logits,
+        normaliser,
+    )  # fmt: skip
     return logits, normaliser
 
 
@@ -100,10 +111,10 @@ def likeliest(packed: Tensor, id: Tensor, state: Tensor, k: int) -> tuple[Tensor
     Called as it is, it saves the time that PyTorch takes to call an operator, a tenth of the whole.
     """
     expect((id, (1,)), ids=True)
-    expect((state, (state.numel(),)))
+    _expect_in_place(packed, state)
     log_probs, ids = torch.empty(k), torch.empty(k, dtype=torch.int64)
-    id = id.long()
-    call("likeliest_of_model", packed, torch.get_num_threads(), id, state, state.numel(), k, ids, log_probs)
+    id, count = id.long(), torch.get_num_threads()
+    call("likeliest_of_model", packed, packed.numel(), count, id, state, state.numel(), k, ids, log_probs)
     return log_probs, ids
 
 

@@ -1,4 +1,4 @@
-"""The optimiser's step as one PyTorch operator; its plain twin is `clip_by_global_norm` with PyTorch's own SGD."""
+"""The optimiser's step as a PyTorch operator; its plain twin is `clip_by_global_norm` with PyTorch's SGD or AdamW."""
 
 import ctypes
 from collections.abc import Sequence
@@ -16,6 +16,18 @@ def _pointers(tensors: Sequence[Tensor]) -> Any:
 
 def _sizes(tensors: Sequence[Tensor]) -> Any:
     return (ctypes.c_int64 * len(tensors))(*(tensor.numel() for tensor in tensors))
+
+
+def _expect_of(parameters: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    for parameter, other in zip(parameters, others, strict=True):
+        expect((other, tuple(parameter.shape)))
+
+
+def _expect_to_change(tensors: Sequence[Tensor]) -> None:
+    for tensor in tensors:
+        expect((tensor, tuple(tensor.shape)))
+        if not tensor.is_contiguous():
+            raise ValueError("a kernel changes contiguous parameters only")
 
 
 operators.define(
@@ -47,12 +59,8 @@ def clip_and_descend(
         The global norm before clipping, an f64 scalar. Stretches are summed in f32, their sums in f64.
     """
     changed = [*parameters, table] if table is not None else list(parameters)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        expect((gradient, tuple(parameter.shape)))
-    for parameter in changed:
-        expect((parameter, tuple(parameter.shape)))
-        if not parameter.is_contiguous():
-            raise ValueError("a kernel changes contiguous parameters only")
+    _expect_of(parameters, gradients)
+    _expect_to_change(changed)
     height = count = width = 0
     if table is not None and ids is not None and rows is not None:
         (height, width), count = table.shape, len(ids)
@@ -72,5 +80,61 @@ def clip_and_descend(
 def _norm_shape(
     parameters: Sequence[Tensor], gradients: Sequence[Tensor], table: Tensor | None, ids: Tensor | None,
     rows: Tensor | None, apart: bool, max_norm: float, rate: float
+) -> Tensor:  # fmt: skip
+    return torch.empty((), dtype=torch.float64)
+
+
+operators.define(
+    "clip_and_adapt("
+    "Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] means, Tensor(c!)[] squares, int[] steps, "
+    "float max_norm, float rate, float[] betas, float epsilon, float weight_decay"
+    ") -> Tensor"
+)
+
+
+@torch.library.impl(operators, "clip_and_adapt", "CPU")
+def clip_and_adapt(
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor], means: Sequence[Tensor], squares: Sequence[Tensor],
+    steps: Sequence[int], max_norm: float, rate: float, betas: Sequence[float], epsilon: float, weight_decay: float
+) -> Tensor:  # fmt: skip
+    """A step of AdamW by gradients that are clipped to `max_norm` all together, where their norm is finite.
+
+    Loshchilov & Hutter 2019 (arXiv 1711.05101), algorithm 2, as `torch.optim.AdamW` has it.
+
+    Args:
+        parameters: contiguous, changed in place, of which PyTorch is told.
+        gradients: of these, in their shapes.
+        means, squares: the moving averages of gradients and of their squares; contiguous, changed in place.
+        steps: which step this is of each parameter, from 1.
+        max_norm: above it the gradients are scaled down to it.
+        rate: the learning rate.
+        betas: how much of either average remains.
+        epsilon: added to the root of the squares.
+        weight_decay: times the rate, the share of a parameter that is taken away.
+
+    Returns:
+        The global norm before clipping, an f64 scalar, as of `clip_and_descend`.
+    """
+    for others in (gradients, means, squares):
+        _expect_of(parameters, others)
+    _expect_to_change([*parameters, *means, *squares])
+    beta1, beta2 = betas
+    rates = [rate / (1 - beta1**step) for step in steps]
+    scales = [(1 - beta2**step) ** -0.5 for step in steps]
+    several = ctypes.c_double * len(parameters)
+    dense, norm = [gradient.contiguous() for gradient in gradients], torch.empty((), dtype=torch.float64)
+    call(
+        "clip_and_adapt", torch.get_num_threads(), len(parameters), _pointers(parameters), _pointers(dense),
+        _pointers(means), _pointers(squares), _sizes(dense), several(*rates), several(*scales), max_norm,
+        1 - rate * weight_decay, beta1, beta2, epsilon, norm,
+    )  # fmt: skip
+    torch.autograd.graph.increment_version([*parameters, *means, *squares])
+    return norm
+
+
+@torch.library.register_fake("unrolled::clip_and_adapt", lib=operators)
+def _adapted_norm_shape(
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor], means: Sequence[Tensor], squares: Sequence[Tensor],
+    steps: Sequence[int], max_norm: float, rate: float, betas: Sequence[float], epsilon: float, weight_decay: float
 ) -> Tensor:  # fmt: skip
     return torch.empty((), dtype=torch.float64)

@@ -50,7 +50,7 @@ def learning_rate(training: Training, epoch: int, step: int, total_steps: int) -
 
 @torch.no_grad()
 def clip_and_step(optimizer: torch.optim.Optimizer, max_norm: float, norm_convention: str = "exact") -> float:
-    """Clips the gradients by their global norm, steps, and lets go of them; plain SGD in one pass where kernels serve.
+    """Clips the gradients by their global norm, steps, and lets go of them; in one pass where kernels serve.
 
     Args:
         optimizer: of one group.
@@ -63,8 +63,11 @@ def clip_and_step(optimizer: torch.optim.Optimizer, max_norm: float, norm_conven
     """
     (group,) = optimizer.param_groups
     parameters = group["params"]
-    if _is_plain(optimizer) and ops.serves(parameters[0]):
+    serves = ops.serves(parameters[0])
+    if serves and _is_plain(optimizer, torch.optim.SGD, "momentum", "weight_decay", "maximize"):
         norm = _descend(parameters, group["lr"], max_norm, norm_convention)
+    elif serves and _is_plain(optimizer, torch.optim.AdamW, "amsgrad", "maximize"):
+        norm = _adapt(optimizer, max_norm)
     else:
         norm = clip_by_global_norm(parameters, max_norm, norm_convention)
         if math.isfinite(norm):
@@ -93,10 +96,9 @@ def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float, nor
     return norm
 
 
-def _is_plain(optimizer: torch.optim.Optimizer) -> bool:
+def _is_plain(optimizer: torch.optim.Optimizer, kind: type[torch.optim.Optimizer], *unlike: str) -> bool:
     (group,) = optimizer.param_groups
-    unlike = ("momentum", "weight_decay", "maximize")
-    return isinstance(optimizer, torch.optim.SGD) and not any(group[name] for name in unlike)
+    return type(optimizer) is kind and not any(group[name] for name in unlike)
 
 
 def _descend(parameters: list[nn.Parameter], rate: float, max_norm: float, norm_convention: str) -> float:
@@ -110,3 +112,23 @@ def _descend(parameters: list[nn.Parameter], rate: float, max_norm: float, norm_
     apart = norm_convention == "tensorflow"
     targets, gradients = [parameter for parameter, _ in dense], [gradient for _, gradient in dense]
     return update.clip_and_descend(targets, gradients, table, ids, rows, apart, max_norm, rate).item()
+
+
+def _adapt(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
+    """`clip_by_global_norm` and a step of AdamW, by the kernels; its averages are where PyTorch keeps them."""
+    (group,) = optimizer.param_groups
+    parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+    for parameter in parameters:
+        if not optimizer.state[parameter]:
+            averages = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.zeros(()), **averages}
+    slots = [optimizer.state[parameter] for parameter in parameters]
+    steps = [slot["step"] for slot in slots]
+    norm = update.clip_and_adapt(
+        parameters, [parameter.grad for parameter in parameters], [slot["exp_avg"] for slot in slots],
+        [slot["exp_avg_sq"] for slot in slots], [int(step) + 1 for step in steps], max_norm, group["lr"],
+        group["betas"], group["eps"], group["weight_decay"],
+    ).item()  # fmt: skip
+    if math.isfinite(norm):
+        torch._foreach_add_(steps, 1)
+    return norm

@@ -390,6 +390,7 @@ extern "C" int decoder_backward(
     int narrow, int threads, int64_t tokens, int64_t hidden_size, int64_t vocabulary, const float* gradient,
     const float* hidden, const float* weight, const float* bias, const int64_t* targets, const float* shift, const float* sums,
     const void* exponentials, float* d_hidden, float* d_weight, float* d_bias) {
+    if (!within(targets, tokens, vocabulary)) return NO_SUCH_ID;
     Problem z{tokens, hidden_size, vocabulary};
     return with_operand(narrow, [&](auto operand) {
         using T = decltype(operand);

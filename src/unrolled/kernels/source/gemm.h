@@ -419,7 +419,7 @@ static inline bool within(const int64_t* ids, int64_t n, int64_t limit) {
     return std::all_of(ids, ids + n, [=](int64_t id) { return id >= 0 && id < limit; });
 }
 
-enum Failure { NO_MEMORY = 1, NO_SUCH_ID = 2, NO_SUCH_STATE = 3, NO_SUCH_COUNT = 4 };
+enum Failure { NO_MEMORY = 1, NO_SUCH_ID = 2, NO_SUCH_STATE = 3, NO_SUCH_COUNT = 4, NO_SUCH_MODEL = 5 };
 
 // Calls work(operand) with the type of operands: bf16 where they are to be narrow, else f32.
 template <class Work> inline int with_operand(int narrow, Work work) {

@@ -165,7 +165,7 @@ static void backward(
     T* hidden_columns = workspace.take<T>(hidden_panels * depth);                   // weight_hh, k over slots
     T* input_columns = workspace.take<T>(wanted ? input_panels * depth : 0);        // weight_ih, k over slots
     T* d_slots = workspace.take<T>((rows + ROW_SLACK) * slot_ld);                   // (T, B, U, S, 16)
-    T* d_slots_columns = workspace.take<T>((W + ROW_SLACK) * long_ld);              // (S, U, 16, TB)
+    T* d_slots_columns = workspace.take<T>((W + ROW_SLACK) * long_ld);              // of each thread (S, its U, 16, TB)
     T* hidden_rows = workspace.take<T>(hidden_panels * long_depth);                 // the hidden layer before, k over T B
     T* input_rows = workspace.take<T>(ids ? 0 : input_panels * long_depth);
     float* dh = workspace.take<float>(z.batch * ld);
@@ -317,6 +317,7 @@ extern "C" int recurrent_backward(
     const float* d_outputs, const float* d_c_last, const float* inputs, const int64_t* ids, const float* h,
     const float* c, const float* weight_ih, const float* weight_hh, const float* outputs, const float* gates,
     const float* cells, float* d_inputs, float* d_h, float* d_c, float* d_weight_ih, float* d_weight_hh, float* d_bias) {
+    if (ids && !within(ids, steps * batch, inputs_size)) return NO_SUCH_ID;
     return with_cell_and_operand(kind, narrow, [&](auto cell, auto operand) {
         backward<decltype(operand), decltype(cell)>(
             threads, Sizes{steps, batch, inputs_size, hidden_size}, d_outputs, d_c_last, inputs, ids, h, c, weight_ih,

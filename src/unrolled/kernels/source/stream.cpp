@@ -200,17 +200,22 @@ extern "C" int lay_out_decoder(int narrow, int64_t hidden, int64_t vocabulary, c
 
 // A packed model begins with this; places are in bytes from its beginning.
 struct Header {
-    int64_t narrow, count, vocabulary, embedding, decoder, decoder_bias, known, slots;
+    int64_t size, narrow, count, vocabulary, embedding, decoder, decoder_bias, known, slots;
     struct {
         int64_t kind, one_hot, inputs, hidden, panels, biases, table;
     } layers[64];
 };
 
+static bool is_packed(const char* packed, int64_t size) {
+    return size > static_cast<int64_t>(sizeof(Header)) && reinterpret_cast<const Header*>(packed)->size == size;
+}
+
 // packed: written where it remembers. state: for each layer h (B, H), and for an LSTM c (B, H), one after the other; read and written.
 extern "C" int step_of_model(
-    char* packed, int threads, int64_t batch, const int64_t* ids, float* state, int64_t state_size, int64_t vocabulary,
+    char* packed, int64_t packed_size, int threads, int64_t batch, const int64_t* ids, float* state, int64_t state_size, int64_t vocabulary,
     float* logits, float* normaliser) {
     const Header& header = *reinterpret_cast<const Header*>(packed);
+    if (!is_packed(packed, packed_size)) return NO_SUCH_MODEL;
     if (vocabulary != header.vocabulary) return NO_SUCH_STATE;
     if (!within(ids, batch, header.vocabulary)) return NO_SUCH_ID;
     Layer layers[64];
@@ -262,9 +267,10 @@ static void find_largest(int64_t n, int64_t k, const float* values, int64_t* pla
 
 // One token of one stream -> the k likeliest to follow, and the natural logarithms of their probabilities.
 extern "C" int likeliest_of_model(
-    char* packed, int threads, const int64_t* id, float* state, int64_t state_size, int64_t k, int64_t* places,
+    char* packed, int64_t packed_size, int threads, const int64_t* id, float* state, int64_t state_size, int64_t k, int64_t* places,
     float* log_probs) {
     static thread_local Workspace answer;
+    if (!is_packed(packed, packed_size)) return NO_SUCH_MODEL;
     const int64_t vocabulary = reinterpret_cast<const Header*>(packed)->vocabulary;
     if (k < 1 || k > vocabulary) return NO_SUCH_COUNT;
     try {
@@ -273,7 +279,7 @@ extern "C" int likeliest_of_model(
         return NO_MEMORY;
     }
     float normaliser, *logits = answer.take<float>(panels(vocabulary) * PANEL);
-    if (int failure = step_of_model(packed, threads, 1, id, state, state_size, vocabulary, logits, &normaliser)) return failure;
+    if (int failure = step_of_model(packed, packed_size, threads, 1, id, state, state_size, vocabulary, logits, &normaliser)) return failure;
     find_largest(vocabulary, k, logits, places, log_probs);
     for (int64_t i = 0; i < k; ++i) log_probs[i] -= normaliser;
     return 0;

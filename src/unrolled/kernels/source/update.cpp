@@ -1,4 +1,4 @@
-// What is done to every parameter at every step: the update, clipped by the gradients' global norm.
+// What is done to every parameter at every step: the update, clipped by the gradients' global norm, by SGD or AdamW.
 #include <cmath>
 #include <numeric>
 #if defined(__GLIBC__)
@@ -36,6 +36,24 @@ static void descend(float* w, const float* g, Share mine, float rate) {
     for (; j-- > mine.begin;) w[j] -= rate * g[j];
 }
 
+// A step of AdamW, Loshchilov & Hutter 2019 (arXiv 1711.05101), algorithm 2; the bias of the moments' first steps is in
+// `rate` and `scale`.
+struct Adam {
+    float shrink, kept_mean, new_mean, kept_square, new_square, epsilon;
+
+    void step(float* w, const float* g, float* means, float* squares, Share mine, float factor, float rate, float scale) const {
+        for (int64_t j = mine.begin; j < mine.end; j += LANES) {
+            const int64_t count = mine.end - j;
+            const Vec gradient = factor * load_some(g + j, count);
+            const Vec mean = kept_mean * load_some(means + j, count) + new_mean * gradient;
+            const Vec square = kept_square * load_some(squares + j, count) + new_square * gradient * gradient;
+            store_some(means + j, mean, count);
+            store_some(squares + j, square, count);
+            store_some(w + j, shrink * load_some(w + j, count) - rate * mean / (root(square) * scale + epsilon), count);
+        }
+    }
+};
+
 // Rows (n, width) of a table's gradient, each with the id of its row of the table.
 struct Rows {
     int64_t count, width;
@@ -64,10 +82,31 @@ struct Rows {
     }
 };
 
-// The gradients' global norm; and where it is finite, parameters -= rate * gradients, the rate times max_norm / norm where
-// the norm is larger. A thread descends where it summed, from the end back: what it read last is still in its cache.
-// One more parameter is a table (height, width) of whose rows few have a gradient: `row_count` of them, by ids, several of
-// which may be the same; `apart`: the norm is that of the rows before those of one id are added up.
+// The global norm of gradients, of whose squares each thread sums its part; then, where the norm is finite, a thread's part
+// of the step, by the gradients times `factor`: max_norm / norm where the norm is larger.
+template <class Squares, class Step>
+static void clipped(int threads, double max_norm, double* norm, Squares squares_of, Step step) {
+    double parts[64] = {};
+    together(std::min(threads, 64), [&](Member me) {
+        parts[me.thread] = squares_of(me);
+        me.wait();
+        double square = 0;
+        for (int i = 0; i < me.threads; ++i) square += parts[i];
+        const double whole = std::sqrt(square);
+        if (me.thread == 0) *norm = whole;
+        if (std::isfinite(whole)) step(me, whole > max_norm ? max_norm / whole : 1.0);
+    });
+}
+
+static double squares_of_all(int count, const float* const* gradients, const int64_t* sizes, Member me) {
+    double whole = 0;
+    for (int i = 0; i < count; ++i) whole += squares(gradients[i], me.share(sizes[i], GRAIN));
+    return whole;
+}
+
+// parameters -= rate * gradients, clipped. A thread descends where it summed, from the end back: what it read last is
+// still in its cache. One more parameter is a table (height, width) of whose rows few have a gradient: `row_count` of
+// them, by ids, several of which may be the same; `apart`: the norm is that of the rows before those of one id are added up.
 extern "C" int clip_and_descend(
     int threads, int count, float* const* parameters, const float* const* gradients, const int64_t* sizes,
     int64_t row_count, int64_t width, int64_t height, float* table, const int64_t* ids, float* row_gradients, int apart,
@@ -83,22 +122,31 @@ extern "C" int clip_and_descend(
     std::iota(in_order, in_order + row_count, 0);
     std::sort(in_order, in_order + row_count, [=](int64_t a, int64_t b) { return ids[a] != ids[b] ? ids[a] < ids[b] : a < b; });
     const Rows rows{row_count, width, ids, row_gradients, in_order};
-    threads = std::min(threads, 64);
-    double parts[64] = {};
-    together(threads, [&](Member me) {
+    const auto squares_of = [&](Member me) {
         const Share columns = me.share(width, LANES);
         if (!apart) rows.add_up(columns);
-        parts[me.thread] = rows.squares_of(columns);
-        for (int i = 0; i < count; ++i) parts[me.thread] += squares(gradients[i], me.share(sizes[i], GRAIN));
-        me.wait();
-        double square = 0;
-        for (int i = 0; i < me.threads; ++i) square += parts[i];
-        const double whole = std::sqrt(square);
-        if (me.thread == 0) *norm = whole;
-        if (!std::isfinite(whole)) return;
-        const float step = rate * (whole > max_norm ? max_norm / whole : 1.0);
+        return rows.squares_of(columns) + squares_of_all(count, gradients, sizes, me);
+    };
+    clipped(threads, max_norm, norm, squares_of, [&](Member me, double factor) {
+        const float step = rate * factor;
         for (int i = count; i-- > 0;) descend(parameters[i], gradients[i], me.share(sizes[i], GRAIN), step);
-        rows.descend_in(table, columns, step);
+        rows.descend_in(table, me.share(width, LANES), step);
+    });
+    return 0;
+}
+
+// A step of AdamW by the clipped gradients; of each parameter its rate and the scale of its root, for those that have
+// taken other numbers of steps have other ones.
+extern "C" int clip_and_adapt(
+    int threads, int count, float* const* parameters, const float* const* gradients, float* const* means,
+    float* const* mean_squares, const int64_t* sizes, const double* rates, const double* scales, double max_norm,
+    double shrink, double beta1, double beta2, double epsilon, double* norm) {
+    const Adam adam{float(shrink), float(beta1), float(1 - beta1), float(beta2), float(1 - beta2), float(epsilon)};
+    const auto squares_of = [&](Member me) { return squares_of_all(count, gradients, sizes, me); };
+    clipped(threads, max_norm, norm, squares_of, [&](Member me, double factor) {
+        for (int i = count; i-- > 0;)
+            adam.step(
+                parameters[i], gradients[i], means[i], mean_squares[i], me.share(sizes[i], GRAIN), factor, rates[i], scales[i]);
     });
     return 0;
 }

@@ -26,6 +26,17 @@ static INLINE Vec splat(float x) { return x - Vec{}; }
 static INLINE float sum(Vec v) { float s = 0; for (int i = 0; i < LANES; ++i) s += v[i]; return s; }
 static INLINE float largest(Vec v) { float s = v[0]; for (int i = 1; i < LANES; ++i) s = v[i] > s ? v[i] : s; return s; }
 
+static INLINE Vec root(Vec v) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_sqrt_ps((__m512)v);
+#elif defined(__AVX2__)
+    return (Vec)_mm256_sqrt_ps((__m256)v);
+#else
+    for (int i = 0; i < LANES; ++i) v[i] = __builtin_sqrtf(v[i]);
+    return v;
+#endif
+}
+
 // e to the x: 2^n * p(r), x = n ln 2 + r, p the polynomial of Cephes' expf; within 2 units of the last place (but for the
 // last third of a unit before infinity, on processors without AVX-512), 0 and infinity beyond the range and for the
 // infinities, NaN for NaN.

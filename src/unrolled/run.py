@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from unrolled.data.batches import Windows
-from unrolled.data.dataset import prepare_with
+from unrolled.data.dataset import find_prepared, prepare_with
 from unrolled.data.text import SPLITS, open_corpus, open_text, text_is_there
 from unrolled.data.tokens import Tokenizer
 from unrolled.errors import UnrolledError
@@ -54,13 +54,13 @@ class Run:
         from unrolled.inference.shown import table_html
 
         results = self.manifest.get("results", {})
-        figures = [(split, f"{results[split]['perplexity']:.2f}") for split in ("valid", "test") if split in results]
+        found = [(split, results[split]["perplexity"]) for split in ("valid", "test") if split in results]
         rows = [
             ("recipe", self.recipe.name),
             ("corpus", str(self.manifest["corpus"]["name"])),
             ("vocabulary", f"{len(self.tokenizer):,} {self.recipe.data.tokens}s"),
             ("parameters", f"{num_parameters(self.recipe.model, len(self.tokenizer)):,}"),
-            *((f"{split} perplexity", figure) for split, figure in figures),
+            *((f"{split} perplexity", "–" if figure is None else f"{figure:.2f}") for split, figure in found),
             ("status", str(self.manifest["status"])),
         ]
         return table_html(str(self.path), rows)
@@ -216,6 +216,8 @@ class Run:
             if (ids.numpy() >= len(self.tokenizer)).any():
                 raise UnrolledError(f"{path} holds ids that are not in the vocabulary of {len(self.tokenizer)}")
             return self.manifest["corpus"]["name"], split, ids.numpy()
+        if data is None and (known := find_prepared(self.manifest["corpus"]["prepared"])) is not None:
+            return self.manifest["corpus"]["name"], split, known.ids[split]
         encoding = (encoding or "utf-8") if data is not None else self.recipe.data.encoding
         encoding = None if self.tokenizer.unit == "byte" else encoding
         if data is None and not text_is_there(self.recipe.data.corpus):
@@ -276,6 +278,9 @@ def pick_device(name: str) -> torch.device:
         if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
             raise RuntimeError(name)
         torch.empty(0, device=device)
+        if device.type == "cuda":
+            # f32 is f32: PyTorch would have cuDNN multiply the layers in TF32
+            torch.backends.cudnn.rnn.fp32_precision = "ieee"  # type: ignore[attr-defined]
     except (RuntimeError, AssertionError) as error:
         raise UnrolledError(f"no device {name!r} here; --device cpu, or auto to take what there is") from error
     return device
@@ -322,6 +327,7 @@ def _network(model: Model, vocab_size: int) -> LanguageModel:
         init_scale=model.init_scale,
         tie_weights=model.tie_weights,
         draw_decoder_bias=model.draw_decoder_bias,
+        draw_layer_biases=model.draw_layer_biases,
         **{name: getattr(model, name) for name in CELLS[model.cell].options},
     )
 

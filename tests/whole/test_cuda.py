@@ -8,6 +8,7 @@ import torch
 
 import unrolled
 from unrolled.nn.model import LanguageModel
+from unrolled.run import pick_device
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
@@ -27,14 +28,24 @@ def test_values_and_gradients_are_those_of_the_cpu(options: dict[str, Any], embe
     model = LanguageModel(400, embedding_size, [33, 17], init_scale=0.3, **options)
     ids, results = torch.randint(400, (12, 5)), []
     for device in ("cpu", "cuda"):
-        model = model.to(device)
+        model = model.to(pick_device(device))
         with torch.autocast(device, torch.bfloat16, enabled=bf16 and device == "cuda"):
             nll, _, states = model.nll(ids[:-1].to(device), ids[1:].to(device), model.initial_state(5))
         gradients = torch.autograd.grad(nll, list(model.parameters()))
         results.append([nll, *(part for state in states for part in state), *gradients])
+    assert results[1][0].dtype == torch.float32
     for mine, theirs in zip(*results, strict=True):
         apart = (mine.double() - theirs.cpu().double()).norm() / mine.double().norm()
         assert apart < (0.03 if bf16 else 1e-4)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_fused_layer_has_the_precision_that_it_is_asked_for(bf16: bool) -> None:
+    model = LanguageModel(400, 24, [33]).cuda()
+    with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+        outputs, states = model.hidden(torch.randint(400, (12, 5)).cuda(), model.initial_state(5))
+    assert outputs.dtype == (torch.bfloat16 if bf16 else torch.float32)  # and not f16, as autocast has cuDNN
+    assert all(part.dtype == torch.float32 for state in states for part in state)
 
 
 @pytest.mark.parametrize("precision", ["f32", "bf16"])

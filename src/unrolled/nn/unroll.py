@@ -10,10 +10,13 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from unrolled.kernels import ops
 from unrolled.nn import rounding
 from unrolled.nn.cells import GRU, LSTM, Cell, Elman, State
+
+_FEW_KINDS = 1024
 
 LayerStates: TypeAlias = tuple[State, ...]
 """The state of a stack: one cell's state for each of L layers."""
@@ -67,10 +70,15 @@ def unroll_fused(cell: Cell, inputs: Tensor, state: State) -> tuple[Tensor, Stat
     bias_hh = torch.zeros_like(cell.bias_ih) if bias_hh is None else bias_hh
     weights = [cell.weight_ih, cell.weight_hh, cell.bias_ih, bias_hh]
     options = (True, 1, 0.0, cell.training, False, False)  # biases, layers, dropout, train, bidirectional, batch first
-    by_hand = inputs.device.type == "cpu" and rounding.is_asked("cpu") and not rounding.is_native()
-    if by_hand:
+    kind = inputs.device.type
+    by_hand = rounding.is_asked(kind) and (kind != "cpu" or not rounding.is_native())
+    if by_hand and kind == "cpu":
         inputs, weights[:2] = rounding.rounded(inputs), map(rounding.rounded, weights[:2])
-    with torch.autocast("cpu", enabled=False) if by_hand else nullcontext():
+    elif kind != "cpu":
+        dtype = torch.bfloat16 if by_hand else cell.weight_ih.dtype  # where autocast would have cuDNN take f16
+        inputs, state = inputs.to(dtype), tuple(part.to(dtype) for part in state)
+        weights = _in_one_piece([weight.to(dtype) for weight in weights])
+    with torch.autocast(kind, enabled=False) if by_hand else nullcontext():
         if isinstance(cell, LSTM):
             if any(part.shape != (inputs.shape[1], cell.hidden_size) for part in state):  # it would be read beyond
                 raise ValueError(f"the state is not that of {inputs.shape[1]} streams of {cell.hidden_size} units")
@@ -84,6 +92,13 @@ def unroll_fused(cell: Cell, inputs: Tensor, state: State) -> tuple[Tensor, Stat
             outputs, h = layer(inputs, state[0].unsqueeze(0), weights, *options)
             return outputs, (h.squeeze(0),)
     raise TypeError(f"PyTorch has no fused layer for {type(cell).__name__}")
+
+
+def _in_one_piece(weights: list[Tensor]) -> list[Tensor]:
+    """The same values one after the other in memory, as cuDNN wants them; else PyTorch warns."""
+    flat = torch.cat([weight.flatten() for weight in weights])
+    parts = flat.split([weight.numel() for weight in weights])
+    return [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)]
 
 
 def unroll_native(cell: Cell, inputs: Tensor, state: State) -> tuple[Tensor, State]:
@@ -107,10 +122,10 @@ def kernel_layer(cell: Cell) -> ops.Layer | None:
     """What the kernels take of a cell, or None where they have none for it."""
     if not isinstance(cell, LSTM | GRU | Elman):
         return None
-    kind, bias = type(cell).__name__.lower(), cell.bias_ih
+    kind, bias_hh = type(cell).__name__.lower(), getattr(cell, "bias_hh", None)
     if isinstance(cell, Elman):
         kind = "relu" if cell.activation is torch.relu else "tanh"
-        bias = bias if cell.bias_hh is None else bias + cell.bias_hh
+    bias = cell.bias_ih if bias_hh is None else cell.bias_ih + bias_hh
     return ops.Layer(kind, (cell.weight_ih, cell.weight_hh, bias))
 
 
@@ -119,6 +134,8 @@ def unroll(cell: Cell, inputs: Tensor, state: State) -> tuple[Tensor, State]:
     known = isinstance(cell, LSTM | GRU | Elman)
     if known and ops.serves(cell.weight_hh):
         return unroll_native(cell, inputs, state)
+    if known and inputs.device.type != "cpu" and not inputs.is_floating_point() and cell.input_size <= _FEW_KINDS:
+        inputs = F.one_hot(inputs, cell.input_size).to(cell.weight_ih.dtype)  # for cuDNN; the loop waits for each step
     fused = known and inputs.is_floating_point() and len(inputs) > 1  # for one step oneDNN takes twice the time
     outputs, after = (unroll_fused if fused else unroll_projected)(cell, inputs, state)
     return outputs, tuple(part.to(was.dtype) for part, was in zip(after, state, strict=True))  # what is carried is f32

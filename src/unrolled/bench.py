@@ -74,7 +74,7 @@ def bench(
     if all("=" in name for name in subjects):
         subjects = (*usual_subjects(), *subjects)
     for name, known in ((tasks, TASKS), (subjects, SUBJECTS)):
-        for unknown in (one for one in name if one not in known and "=" not in one):
+        for unknown in (one for one in name if one not in known and not ("=" in one and known is SUBJECTS)):
             raise UnrolledError(
                 f"no {'task' if known is TASKS else 'subject'} {unknown!r}; there are " + ", ".join(known)
             )
@@ -84,7 +84,9 @@ def bench(
     if rounds < 1 or not 0 < seconds < math.inf:
         raise UnrolledError(f"a benchmark takes one round or more and some seconds, not {rounds} and {seconds:g}")
     training = refuse_incomparable(load_recipe(recipe)).training
-    flop = case(recipe).flop_per_token
+    timed = case(recipe)
+    flop = timed.flop_per_token
+    progress(f"{recipe} on {timed.text}")
     if others_run():
         progress("another program is using the processor; what is measured beside it is not worth much")
     for task in tasks:

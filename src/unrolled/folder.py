@@ -30,7 +30,6 @@ from unrolled import __version__
 from unrolled.data.dataset import Dataset
 from unrolled.errors import UnrolledError
 from unrolled.files import sha256_of, write_whole
-from unrolled.kernels.build import in_use
 from unrolled.metrics import finite
 from unrolled.recipe import Recipe
 
@@ -112,7 +111,7 @@ def sweep(path: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def create(path: Path, recipe: Recipe, changes: dict[str, Any], dataset: Dataset, id: str) -> None:
+def create(path: Path, recipe: Recipe, changes: dict[str, Any], dataset: Dataset, id: str, kernels: str) -> None:
     """A new run folder, with all but weights.
 
     Args:
@@ -121,6 +120,7 @@ def create(path: Path, recipe: Recipe, changes: dict[str, Any], dataset: Dataset
         changes: what the user asked for beyond the recipe.
         dataset: its text.
         id: what the run's files are known by.
+        kernels: the level of those that it is to run on, or none.
 
     Raises:
         UnrolledError: there is something at `path` already.
@@ -139,6 +139,7 @@ def create(path: Path, recipe: Recipe, changes: dict[str, Any], dataset: Dataset
         "recipe": recipe.name,
         "changes": changes,
         "seed": recipe.training.seed,
+        "precision": recipe.training.precision,
         "corpus": {
             "name": dataset.name,
             "note": dataset.note,
@@ -151,7 +152,7 @@ def create(path: Path, recipe: Recipe, changes: dict[str, Any], dataset: Dataset
             "python": platform.python_version(),
             "torch": torch.__version__,
             "numpy": np.__version__,
-            "kernels": in_use(),
+            "kernels": kernels,
         },
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "files": {name: sha256_of(path / name) for name in files},
@@ -159,13 +160,13 @@ def create(path: Path, recipe: Recipe, changes: dict[str, Any], dataset: Dataset
     write_manifest(path, manifest)
 
 
-def reopen(path: Path, recipe: Recipe, changes: dict[str, Any]) -> None:
+def reopen(path: Path, recipe: Recipe, changes: dict[str, Any], kernels: str) -> None:
     """A run folder is to be trained on, perhaps with other values than before; its results no longer hold."""
     manifest = read_manifest(path) | {"status": "training"}
     manifest["changes"] = manifest["changes"] | changes
     before = manifest["versions"].get("kernels")
-    if before is not None and before.split(", then ")[-1] != in_use():
-        manifest["versions"] |= {"kernels": f"{before}, then {in_use()}"}
+    if before is not None and before.split(", then ")[-1] != kernels:
+        manifest["versions"] |= {"kernels": f"{before}, then {kernels}"}
     manifest.pop("results", None)
     manifest["files"].pop("recipe.toml", None)  # for a moment, lest a break between two writes look like damage
     write_manifest(path, manifest)

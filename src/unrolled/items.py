@@ -89,8 +89,8 @@ def plain_item(number: int, line: str) -> Item:
     return Item(number, line)
 
 
-def json_item(text_field: str, id_field: str, score_field: str) -> Callable[[int, str], Item]:
-    """A line is an object in JSON, with a text, an id (its number where there is none) and perhaps a score."""
+def json_item(text_field: str, id_field: str, score_field: str | None) -> Callable[[int, str], Item]:
+    """A line is an object in JSON, with a text, an id (its number where there is none) and perhaps a score to read."""
 
     def read(number: int, line: str) -> Item:
         try:
@@ -99,7 +99,8 @@ def json_item(text_field: str, id_field: str, score_field: str) -> Callable[[int
             raise UnrolledError("not JSON") from error
         if not isinstance(object, dict):
             raise UnrolledError("no object in JSON")
-        id, text, other = object.get(id_field, number), object.get(text_field), object.get(score_field, 0.0)
+        id, text = object.get(id_field, number), object.get(text_field)
+        other = object.get(score_field, 0.0) if score_field is not None else 0.0
         id = id if isinstance(id, str | int | float) else json.dumps(id)
         if not isinstance(text, str):
             return Item(id, line, error=f"no text {text_field!r}")
@@ -153,7 +154,8 @@ class Scored:
             if not isinstance(result, UnrolledError):
                 yield item, result
             elif len(self.wrong) < _MOST_WRONG:
-                self.wrong.append(f"{item.id}: {result}")
+                named = "" if item.id == self.seen else f", id {item.id}"
+                self.wrong.append(f"line {self.seen}{named}: {result}")
 
     def _next(self, item: Item) -> "Score | UnrolledError":
         try:

@@ -112,8 +112,9 @@ def _train_points(records: Records) -> tuple[np.ndarray, np.ndarray]:
         if record["train_perplexity"] is None or record["step"] < before + _SHORTEST * steps:
             continue
         nats = math.log(record["train_perplexity"]) * (record["step"] - begin)
-        x.append(record["step"] / steps)
-        y.append(math.exp((nats - nats_before) / (record["step"] - before)))
+        if (mean := (nats - nats_before) / (record["step"] - before)) < 700:  # beyond, e to it is no float
+            x.append(record["step"] / steps)
+            y.append(math.exp(mean))
         before, nats_before = record["step"], nats
     return np.array(x), np.array(y)
 

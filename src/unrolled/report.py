@@ -143,10 +143,11 @@ def _samples(records: Records) -> str:
 def _recipe(run: Run, runs: Sequence[Run]) -> str:
     """The resolved recipe; what differs among the runs stands out."""
     differing = {name for other in runs for name in run.recipe.differences(other.recipe)}
-    lines, section = [], ""
+    lines, section, field = [], "", ""
     for line in run.recipe.to_toml().splitlines():
         section = line.strip("[]") if line.startswith("[") else section
-        field = f"{section}.{line.partition(' ')[0]}"
+        if not line.startswith((" ", "]")):  # else the field's list goes on
+            field = f"{section}.{line.partition(' ')[0]}"
         text = html.escape(line)
         lines.append(f"<mark>{text}</mark>" if field in differing else text)
     return f"<pre>{chr(10).join(lines)}</pre>"

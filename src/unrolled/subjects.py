@@ -22,9 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unrolled.data.batches import Windows
-from unrolled.data.dataset import prepare
-from unrolled.data.text import is_at_hand, open_corpus
-from unrolled.data.tokens import Vocabulary
+from unrolled.data.text import KNOWN, is_at_hand
 from unrolled.errors import UnrolledError
 from unrolled.kernels import build
 from unrolled.nn.loss import token_nll
@@ -34,6 +32,7 @@ from unrolled.run import build_model
 from unrolled.training.loop import run_epoch
 from unrolled.training.optim import make_optimizer
 from unrolled.training.resume import Position
+from unrolled.training.start import make_dataset
 
 Work = Callable[[int], None]
 
@@ -75,15 +74,13 @@ class Case:
 
 
 def case(name: str) -> Case:
-    """A recipe with its own text where that is here, else with ids drawn as Zipf has them."""
+    """A recipe with its own text, or where that is a known one and not here, with ids drawn as Zipf has them."""
     recipe = load_recipe(name)
     data = recipe.data
-    if is_at_hand(data.corpus):
-        dataset = prepare(
-            open_corpus(data.corpus), Vocabulary(data.tokens, data.vocab_size, data.min_count, data.unknown)
-        )
+    if is_at_hand(data.corpus) or data.corpus not in KNOWN:
+        dataset = make_dataset(recipe, lambda event: None)
         return Case(recipe, dataset.ids["train"], len(dataset.tokenizer), dataset.name)
-    size = 27 if data.tokens == "character" else data.vocab_size
+    size = {"character": 27, "byte": 256}.get(data.tokens, data.vocab_size or 10_000)
     shares = 1 / np.arange(1, size + 1)
     ids = np.random.default_rng(1).choice(size, 1_000_000, p=shares / shares.sum())
     return Case(recipe, ids, size, "random ids")
@@ -107,7 +104,7 @@ def refuse_incomparable(recipe: Recipe) -> Recipe:
 
 
 def ours(task: str, case: Case, precision: str, kernels: bool = True) -> Work:
-    """This package, as `unrolled train` and `score` and `Run.session` run it."""
+    """This package: the training loop of `unrolled train`, and the model as `score` and `Run.session` ask it."""
     switch = nullcontext if kernels else build.switched_off
     with switch():
         work = {"train": _our_training, "score": _our_scoring, "next-word": _our_next_word}[task](case, precision)

@@ -93,6 +93,7 @@ def test_which_kernels_a_training_ran_on_is_recorded_and_said_from_one_going_on_
             run = unrolled.train(out=run.path, resume=True, changes=more, progress=listen)
     history = f"{build.in_use()}, then none, then {build.in_use()}"
     assert run.manifest["versions"]["kernels"] == history
+    assert run.manifest["precision"] == run.recipe.training.precision in ("f32", "bf16")
     assert f"the kernels of this run were {history}: it goes on, but not bit for bit" in said
 
 

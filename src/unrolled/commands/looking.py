@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 import unrolled
 from unrolled.answers import notice, print_json, print_results, print_table, utf8
-from unrolled.commands.kinds import Json, RunFolder, Text
+from unrolled.commands.kinds import Json, RunFolder, Text, Whole
 from unrolled.errors import UnrolledError
 
 
@@ -53,18 +53,20 @@ def inspect(run: RunFolder, /, *, json: Json = False) -> None:
             ["versions", ", ".join(f"{key} {value}" for key, value in manifest["versions"].items())],
         ],
     )
-    if manifest["status"] == "done":
+    if "results" in manifest:
         print_results(opened)
+    elif manifest["status"] == "done":
+        notice(f"its results are not there; unrolled train --resume --out {run} makes them again")
 
 
 def embeddings(
     run: RunFolder,
     /,
     *words: Text,
-    k: Annotated[int, Parameter(name=["-k", "--k"])] = 10,
+    k: Annotated[Whole, Parameter(name=["-k", "--k"])] = 10,
     map: Path | None = None,
-    most: int = 300,
-    seed: int = 0,
+    most: Whole = 300,
+    seed: Whole = 0,
     json: Json = False,
 ) -> None:
     """What the model has learnt about its tokens: nearest neighbours by cosine, and a map.
@@ -110,7 +112,7 @@ _SHOWN = "Run folders: one, or several side by side."
 
 
 def report(
-    *runs: Annotated[Path, Parameter(help=_SHOWN, show_default=False)], out: Path | None = None, words: int = 300
+    *runs: Annotated[Path, Parameter(help=_SHOWN, show_default=False)], out: Path | None = None, words: Whole = 300
 ) -> None:
     """One self-contained page about a run, or several side by side: curves, map, samples, recipe, provenance.
 

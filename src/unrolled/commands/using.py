@@ -86,7 +86,11 @@ def score(
 
     if nbest and (anomalies or carry):
         raise UnrolledError("--nbest goes with neither --anomalies nor --carry")
-    read = json_item(text_field, id_field, score_field) if from_json else nbest_item if nbest else plain_item
+    if anomalies < 0:
+        raise UnrolledError(f"--anomalies must be at least 0, not {anomalies}")
+    read = nbest_item if nbest else plain_item
+    if from_json:
+        read = json_item(text_field, id_field, score_field if nbest else None)
     model = unrolled.load(run, device, precision)
     scorer = model.scorer(begin=begin, end=end, unknown=unknown, most_tokens=most_tokens)
     scored = Scored(scorer, read_items(file, read), carry)
@@ -108,7 +112,7 @@ def score(
         for item, result in scored:
             printer.line(item, result)
     for wrong in scored.wrong:
-        notice(f"{'id' if from_json else 'line'} {wrong}")
+        notice(wrong)
     if scored.failed:
         notice(f"{scored.failed} of {scored.seen} lines could not be scored")
 
@@ -140,11 +144,14 @@ def predict(
         Let <unk> be among them.
     """
     from unrolled.data.tokens import shown
-    from unrolled.inference.generate import Question, last_word
+    from unrolled.inference.generate import MOST_SAMPLES, MOST_WORDS, Question, last_word
     from unrolled.items import Item, plain_item, read_items
 
     if complete and words != 1:
         raise UnrolledError("--complete and --words exclude each other")
+    for name, value, most in (("-k", k, MOST_SAMPLES), ("--words", words, MOST_WORDS)):
+        if words != 1 and not 1 <= value <= most:
+            raise UnrolledError(f"{name} must be from 1 to {most} where --words is not 1, not {value}")
     model = unrolled.load(run, device, precision)
 
     def answers(texts: list[str]) -> list[list[tuple[str, float]]]:

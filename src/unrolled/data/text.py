@@ -111,6 +111,7 @@ def open_text(name: str, encoding: str | None = "utf-8") -> Corpus:
     path = spooled() if name == "-" else Path(name)
     if name in KNOWN or not path.is_file():
         return open_corpus(name, encoding)
+    _refuse_other_kinds(path)
     if archives.is_archive(path):
         return _archive(path, encoding)
     title = "standard input" if name == "-" else path.name
@@ -363,4 +364,4 @@ def _refuse_other_kinds(path: Path) -> None:
         start = file.read(4)
     for mark, unpack in ((b"\x1f\x8b", "gunzip"), (b"BZh", "bunzip2"), (b"\xfd7zX", "unxz")):
         if start.startswith(mark) and not archives.is_archive(path):
-            raise UnrolledError(f"{path.name} is compressed; {unpack} -c {path.name} | unrolled train --data -")
+            raise UnrolledError(f"{path.name} is compressed; unpack it: {unpack} -c {path.name} > text.txt")

@@ -106,10 +106,11 @@ class Tokenizer:
         missing = len(self)
         if self._table is None:
             default = missing if self.unknown_id is None else self.unknown_id
-            self._table = np.full(_MAX_UNICODE, default, smallest_dtype(missing + 1))
+            table = np.full(_MAX_UNICODE, default, smallest_dtype(missing + 1))
             for character, number in self._ids.items():
                 if character != UNKNOWN:
-                    self._table[ord(character)] = number
+                    table[ord(character)] = number
+            self._table = table  # whole, or not there: whoever interrupts this may encode again
         ids = self._table[_code_points(text)]
         if self.unknown_id is None and len(ids) and ids.max() == missing:
             known = "".join(sorted(character for character in self._ids if len(character) == 1))
@@ -242,6 +243,17 @@ class _Pieces:
     def __call__(self, text: str) -> np.ndarray:
         if self.characters > self._MOST:
             self._forget()
+        try:
+            numbers = self._numbers(text)
+        except BaseException:  # interrupted where a word has its number and not yet its ids
+            self._forget()
+            raise
+        starts, lengths = self.ends[numbers], self.ends[numbers + 1] - self.ends[numbers]
+        before = np.cumsum(lengths) - lengths
+        return self.ids[np.arange(lengths.sum()) + np.repeat(starts - before, lengths)]
+
+    def _numbers(self, text: str) -> np.ndarray:
+        """Of each word, where among `ends` it has its own; new words are encoded."""
         known = len(self.numbering)
         numbers = self.words(text)
         if len(self.numbering) > known:
@@ -254,9 +266,7 @@ class _Pieces:
             ends = np.searchsorted(np.cumsum(self.token_bytes[ids]), word_stops) + 1
             self.ends = np.append(self.ends, self.ends[-1] + ends)
             self.ids = np.append(self.ids, ids)
-        starts, lengths = self.ends[numbers], self.ends[numbers + 1] - self.ends[numbers]
-        before = np.cumsum(lengths) - lengths
-        return self.ids[np.arange(lengths.sum()) + np.repeat(starts - before, lengths)]
+        return numbers
 
 
 class _WordWriter:

@@ -20,7 +20,7 @@ from unrolled.nn.unroll import LayerStates, pick
 
 _DECODER_REMEMBERS = 8
 """Tokens: of words whether the last ended a line, of bytes the beginning of a character."""
-MOST_SAMPLES = 1024
+MOST_SAMPLES, MOST_WORDS = 1024, 1_000
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Beam:
     def __init__(
         self, tokenizer: Tokenizer, prefix: str, length: int, k: int, width: int, unknown: bool = False
     ) -> None:
-        for name, value, most in (("length", length, 1_000), ("k", k, width), ("width", width, MOST_SAMPLES)):
+        for name, value, most in (("length", length, MOST_WORDS), ("k", k, width), ("width", width, MOST_SAMPLES)):
             if not 1 <= value <= most:
                 raise UnrolledError(f"{name} must be from 1 to {most}, not {value}")
         self.tokenizer, self.length, self.k, self.width = tokenizer, length, k, width
@@ -291,7 +291,7 @@ class Drawing:
         if seed is not None and not 0 <= seed < 1 << 63:
             raise UnrolledError(f"seed must be at least 0 and below 2 to the 63rd, not {seed}")
         if random_start and prompt:
-            raise UnrolledError("--random-start and a prompt exclude each other")
+            raise UnrolledError("a random start and a prompt exclude each other")
         self.length, self.random_start, self.sampling, self.mask = (
             length,
             random_start,

@@ -79,6 +79,7 @@ class Stream:
             return self._read_plain(ids)[0].topk(k)
         return step.likeliest(self._packed, ids, self._state, k)
 
+    @torch.inference_mode()
     def _read_plain(self, ids: Tensor) -> Tensor:
         """The oracle of `read`."""
         with self._precision:

@@ -118,7 +118,7 @@ def train(
     with folder.locked(path):
         folder.sweep(path)
         if not resume:
-            folder.create(path, recipe, changes, dataset, start.identity(recipe, dataset))
+            folder.create(path, recipe, changes, dataset, start.identity(recipe, dataset), start.kernels_on(device))
         return _train(path, recipe, changes, dataset, windows, device, resume, progress)
 
 
@@ -140,7 +140,7 @@ def _train(
     position = keeper.position
     if resume:
         keeper.go_back()
-        folder.reopen(path, recipe, changes)
+        folder.reopen(path, recipe, changes, start.kernels_on(device))
         if position.epoch > training.max_epochs:
             progress(note(f"{path} is done; to train on, pass --max-epochs above {training.max_epochs}"))
         else:
@@ -187,7 +187,7 @@ def _train_epochs(
     """Epoch after epoch: train, validate, keep the best weights, save the resume point."""
     model, position = keeper.model, keeper.position
     log_every, steps_in_all = max(1, len(windows) // 20), len(windows) * training.max_epochs
-    clock = _Clock(position)
+    clock, stops = _Clock(position), False
 
     def validated() -> dict[str, Any]:
         valid = validate(model, dataset.ids["valid"], training)
@@ -238,9 +238,11 @@ def _train_epochs(
             append_metrics(path, record)
         place = {"window": position.window, "windows": len(windows), "tokens_an_epoch": windows.num_targets}
         progress({"event": "step", **place, **record})
-        if stop.requested or keeper.is_due():
+        nonlocal stops
+        stops = stop.requested  # asked here alone: nothing ends the training that has not saved it
+        if stops or keeper.is_due():
             keeper.save(detach(states))
-        return not stop.requested and not keeper.gives_up()
+        return not stops and not keeper.gives_up()
 
     while position.epoch <= training.max_epochs:
         clock.start_epoch()
@@ -250,7 +252,7 @@ def _train_epochs(
             progress(note(keeper.roll_back()))
             clock = _Clock(position)
             continue
-        if stop.requested:
+        if stops:
             break
         tokens_per_second = clock.tokens_per_second()
         rate = learning_rate(training, position.epoch, position.step - 1, steps_in_all)

@@ -67,20 +67,26 @@ def settle_precision(asked: str, device: torch.device) -> str:
     return "bf16" if device.type == "cpu" and native else "f32"
 
 
+def kernels_on(device: torch.device) -> str:
+    """The level of the kernels that a training on this device runs on, or none."""
+    return build.in_use() if device.type == "cpu" else "none"
+
+
 def say_kernels(path: Path, device: torch.device, recipe: Recipe, progress: Progress) -> None:
     """Which kernels run, what would make it faster, and whether a resumed training began with others."""
-    if device.type != "cpu":
-        return
     precision, cell = recipe.training.precision, recipe.model.cell
-    used, before = build.in_use(), folder.read_manifest(path)["versions"].get("kernels")
-    if build.chosen_level() is None:
+    used, before = kernels_on(device), folder.read_manifest(path)["versions"].get("kernels")
+    if device.type != "cpu":
+        progress(note(f"{precision}, on PyTorch's own layers for a GPU"))
+    elif not build.levels():
         progress(note(f"{precision}, on PyTorch alone: UNROLLED_KERNELS is off"))
     elif used == "none":
         progress(note(f"{precision}, on PyTorch alone; unrolled kernels build makes this faster"))
     else:
         but = "" if cell in ("lstm", "gru", "elman") else f", but for its {cell} layer, which runs on PyTorch alone"
-        progress(note(f"{precision}, on the {used} kernels{but}"))
-    if precision == "bf16" and not build.processor_multiplies_bf16():
+        better = f"; unrolled kernels build makes those for {best}" if (best := build.levels()[0]) != used else ""
+        progress(note(f"{precision}, on the {used} kernels{but}{better}"))
+    if device.type == "cpu" and precision == "bf16" and not build.processor_multiplies_bf16():
         progress(note("this processor has no instruction for bf16; --precision f32 is faster, and rounds less"))
     if before not in (None, used):
         progress(note(f"the kernels of this run were {before}: it goes on, but not bit for bit"))

@@ -347,8 +347,9 @@ function mark(words) {
 async function find(word) {
   at("word").value = word;
   const answer = await post("embeddings", { model: at("model").value, words: [word], k: 8 });
-  const near = answer.embeddings[0].neighbours;
-  at("near").textContent = near.map((other) => `${visible(other.word)} ${other.similarity.toFixed(2)}`).join(", ");
+  const { neighbours: near, error } = answer.embeddings[0];
+  if (error) at("near").textContent = error;
+  else at("near").textContent = near.map((other) => `${visible(other.word)} ${other.similarity.toFixed(2)}`).join(", ");
   mark([word, ...near.map((other) => other.word)]);
 }
 

@@ -1,5 +1,6 @@
 """The command: every answer, and every mistake in one line with exit status 2."""
 
+import gzip
 import json
 import math
 import os
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from unrolled import Run, items
+import unrolled
+from unrolled import Run, folder, items
 from unrolled.cli import main
 from unrolled.data import archives
 from unrolled.data.embedded import toy_text
@@ -100,6 +102,27 @@ def test_evaluate_answers_with_every_figure(command: Command, toy_run: Run, writ
     status, out, _ = command("evaluate", toy_run.path)
     assert status == 0
     assert "perplexity" in out
+    packed = write("mine.txt.gz", gzip.compress(text.read_bytes()))
+    assert "mine.txt.gz is compressed" in mistake(command, "evaluate", toy_run.path, "--data", packed)
+
+
+def test_what_was_trained_on_is_evaluated_when_its_text_is_gone(command: Command, write: Write, tmp_path: Path) -> None:
+    text = write("mine.txt", toy_text("train"))
+    run = unrolled.train("demo", data=str(text), out=tmp_path / "run", changes={"training.max_epochs": 1})
+    text.unlink()
+    (answer,) = command.json("evaluate", run.path, "--split", "train")
+    assert (answer["split"], answer["tokens"]) == ("train", run.manifest["corpus"]["splits"]["train"]["tokens"] - 1)
+
+
+def test_a_run_without_its_results_is_shown_without_them(command: Command, toy_run: Run, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(toy_run.path, tmp_path / "run"))
+    manifest = folder.read_manifest(run)
+    del manifest["results"]
+    folder.write_manifest(run, manifest)
+    status, out, err = command("inspect", run)
+    again = f"unrolled train --resume --out {run} makes them again"
+    assert (status, err) == (0, f"unrolled: its results are not there; {again}\n")
+    assert "SHA-256" in out
 
 
 def test_predict_answers_for_one_prefix_or_many(command: Command, toy_run: Run, write: Write) -> None:
@@ -509,6 +532,7 @@ def test_a_character_outside_the_vocabulary_is_named(command: Command, character
     [
         (["bench", "--subject", "nope"], "no subject 'nope'; there are torch f32"),
         (["bench", "--task", "nope"], "no task 'nope'; there are train, score, next-word"),
+        (["bench", "--task", "a=b"], "no task 'a=b'"),
         (["bench", "--rounds", "0"], "one round or more"),
         (["bench", "--seconds", "nan"], "some seconds"),
     ],
@@ -520,6 +544,20 @@ def test_a_benchmark_that_cannot_be_is_refused_before_it_begins(
     assert status == 2
     assert said in err
     assert err.count("\n") == 1
+
+
+def test_a_benchmark_is_a_table_for_each_task(command: Command, write: Write) -> None:
+    model = "[model]\nembedding_size = 8\nhidden_sizes = [8]\ndropout = 0.0\n"
+    recipe = write("small.toml", f'[data]\ncorpus = "toy"\n{model}[training]\noptimizer = "sgd"\n')
+    options = "--subject", "unrolled f32", "--rounds", 1, "--seconds", 0.01
+    status, out, err = command("bench", "--recipe", recipe, "--task", "train", "--task", "next-word", *options)
+    assert status == 0
+    assert f"{recipe} on toy\n" in err
+    for head in ("train, tokens/s", "next-word, µs"):
+        _, _, table = out.partition(head)
+        rows = [line.split() for line in table.splitlines() if line.strip().startswith(("torch f32", "unrolled f32"))]
+        assert [row[:2] for row in rows[:2]] == [["torch", "f32"], ["unrolled", "f32"]]
+        assert rows[0][5] == "1.00"
 
 
 def test_a_report_takes_each_run_once_and_damaged_records_do_not_stop_it(

@@ -41,6 +41,14 @@ def test_the_curve_of_train_is_what_each_stretch_cost_and_not_the_mean_so_far() 
     assert [text.get_text() for text in axes.texts] == [f"train {whole:.4g}", "valid 7"]
 
 
+def test_what_leaves_the_range_of_a_number_is_no_point_of_the_curve() -> None:
+    worse = [{"step": 5, "epoch": 1, "train_perplexity": math.exp(100)}]
+    worse += [{"step": 10, "epoch": 1, "train_perplexity": math.exp(500)}, {"step": 10, "epoch": 1}]
+    worse[-1] |= {"train_perplexity": math.exp(500), "valid_perplexity": math.exp(500)}
+    (axes,) = perplexity_chart({"run": worse}).axes
+    assert len(np.asarray(axes.get_lines()[0].get_xdata())) == 1
+
+
 def test_a_picture_in_a_page_takes_the_pages_colours_and_is_the_same_every_time() -> None:
     one, other = (svg(perplexity_chart({"a": records(), "b": records()})) for _ in range(2))
     assert one == other

@@ -62,3 +62,4 @@ def test_several_runs_stand_side_by_side(toy_run: Run, character_run: Run, tmp_p
     marked = re.findall(r"<mark>(.*?)</mark>", (tmp_path / "report.html").read_text())
     assert {"cell = &quot;lstm&quot;", "cell = &quot;gru&quot;"} <= set(marked)
     assert not any(line.startswith("seed") for line in marked)
+    assert {"    64,", "    48,"} <= set(marked)  # of hidden_sizes

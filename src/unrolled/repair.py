@@ -8,7 +8,7 @@ from typing import Any, Literal
 from unrolled import folder
 from unrolled.errors import UnrolledError
 from unrolled.files import sha256_of, write_whole
-from unrolled.metrics import damaged_metrics, read_metrics, rewrite_metrics
+from unrolled.metrics import damaged_metrics, epochs_of, read_metrics, rewrite_metrics
 from unrolled.training.resume import STAND_IN, resume_files
 
 _LOST = {
@@ -42,7 +42,7 @@ def repair(path: Path) -> list[Finding]:
         manifest, findings = _manifest(path)
         findings += [_small(path, name, manifest) for name in (*folder.ALWAYS_CHECKED, "heldout.safetensors")]
         findings += _resume_points(path, manifest)
-        findings += [_weights(path, manifest), _metrics(path)]
+        findings += [_weights(path, manifest), _metrics(path, manifest)]
     return findings
 
 
@@ -112,13 +112,15 @@ def _weights(path: Path, manifest: dict[str, Any]) -> Finding:
     return Finding(file.name, "repaired", remark)
 
 
-def _metrics(path: Path) -> Finding:
+def _metrics(path: Path, manifest: dict[str, Any]) -> Finding:
     lines, file = damaged_metrics(path), path / "metrics.jsonl"
+    if manifest.get("epochs") and not epochs_of(read_metrics(path)):
+        return Finding(file.name, "lost", "no epoch is left in it; the weights can still be used")
     if not lines:
-        return Finding("metrics.jsonl", "whole")
+        return Finding(file.name, "whole")
     write_whole(file.with_name("metrics.jsonl.damaged"), file.read_bytes())
     rewrite_metrics(path, read_metrics(path))
-    return Finding("metrics.jsonl", "repaired", f"without its damaged lines {', '.join(map(str, lines[:10]))}")
+    return Finding(file.name, "repaired", f"without its damaged lines {', '.join(map(str, lines[:10]))}")
 
 
 def _is_whole(file: Path, manifest: dict[str, Any]) -> bool:

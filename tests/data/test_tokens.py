@@ -208,6 +208,21 @@ def test_bpe_takes_a_text_without_a_space(write: Write) -> None:
     assert prepared.tokenizer.decode(prepared.tokenizer.encode(text)) == text
 
 
+def test_an_encoding_that_is_interrupted_leaves_nothing_wrong(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = prepare(open_corpus(str(write("mine.txt", TRAIN * 20))), Vocabulary("bpe", 300)).tokenizer
+    expected = tokenizer.encode("a lowest newer wide\n").tolist()
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("unrolled.data.tokens.np.searchsorted", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tokenizer.encode("other words than those\n")
+    assert tokenizer.encode("a lowest newer wide\n").tolist() == expected
+    assert tokenizer.decode(tokenizer.encode("other newer words\n")) == "other newer words\n"
+
+
 def test_other_text_or_settings_are_prepared_anew(write: Write) -> None:
     keys = {
         prepare(open_corpus(str(write("mine.txt", content))), vocabulary).key

@@ -1,6 +1,7 @@
 """A session says what `predict` says of the whole text, however the text came to it."""
 
 import pytest
+import torch
 
 import unrolled
 from unrolled.errors import UnrolledError
@@ -31,6 +32,13 @@ def test_what_grows_is_as_what_is_whole(toy_run: unrolled.Run, kernels: bool) ->
     else:
         with build.switched_off():
             check()
+
+
+def test_a_stream_on_pytorch_alone_keeps_no_history(toy_run: unrolled.Run) -> None:
+    with build.switched_off():
+        stream = Stream(toy_run.model, toy_run.model.initial_state(1))
+        stream.likeliest(torch.tensor([3]), 5)
+    assert not any(part.requires_grad for state in stream.states for part in state)
 
 
 def test_more_than_one_thing_may_be_asked_of_a_place(toy_run: unrolled.Run) -> None:

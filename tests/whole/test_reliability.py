@@ -393,6 +393,12 @@ def test_a_damaged_line_of_the_record_is_found(copy: Path) -> None:
     assert len(read_metrics(copy)) == len(lines) - 1
 
 
+def test_a_record_without_its_epochs_is_lost(copy: Path) -> None:
+    (copy / "metrics.jsonl").write_bytes(b"")
+    (finding,) = (finding for finding in repair(copy) if finding.file == "metrics.jsonl")
+    assert (finding.state, finding.remark) == ("lost", "no epoch is left in it; the weights can still be used")
+
+
 def test_records_from_before_there_were_sums_are_read(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "epoch": 1}\n{"step": 2, "epoch": 1}\n')
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]

@@ -97,7 +97,11 @@ def bench(
                 if json:
                     print_json(answer)
                     continue
-                digits, share, memory = answer["unit"] == "µs", answer["share_of_ceiling"], answer["peak_memory_mib"]
+                digits, share, memory = (
+                    int(answer["unit"] == "µs"),
+                    answer["share_of_ceiling"],
+                    answer["peak_memory_mib"],
+                )
                 spread = [figure(answer[each], digits) for each in ("median", "minimum", "maximum")]
                 rows.append([answer["subject"], *spread, figure(answer["ratio_to_baseline"], 2)])
                 rows[-1] += ["" if share is None else f"{share:.0%}", "" if memory is None else f"{memory:,.0f}"]

@@ -19,7 +19,6 @@ struct Problem {
     int64_t across() const { return round_up(tokens, 32); }
 };
 
-static thread_local Workspace workspace;
 
 // Logits of `count` words from v on, (count, across) with rows of `across`, without the bias.
 template <class T>

@@ -46,6 +46,9 @@ struct Workspace {
     template <class T> static size_t room(int64_t count) { return round_up(count * sizeof(T), 64) + 64; }
 };
 
+// Of whichever kernel runs on this thread: none calls another before it is done with it.
+inline thread_local Workspace workspace;
+
 // A part of n things for each of `threads`, in whole multiples of `grain`.
 struct Share {
     int64_t begin, end;

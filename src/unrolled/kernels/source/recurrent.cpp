@@ -25,7 +25,6 @@ static void columns_panel(const float* weight, const Sizes& z, const int* gates,
     std::memset(panel, 0, (padded<T>(slots) - slots) * PANEL * sizeof(T));
 }
 
-static thread_local Workspace workspace;
 
 constexpr int64_t CACHED = 1 << 20;  // bytes of weights
 constexpr int64_t FEW_STREAMS = 8;   // fewer make a thread's products slow

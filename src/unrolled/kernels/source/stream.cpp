@@ -22,7 +22,6 @@ struct Layer {
 template <class T> static int64_t input_depth(const Layer& layer) { return layer.one_hot ? 0 : padded<T>(layer.inputs); }
 template <class T> static int64_t depth(const Layer& layer) { return input_depth<T>(layer) + padded<T>(layer.hidden); }
 
-static thread_local Workspace workspace;
 
 constexpr int64_t AT_ONCE = 8;  // panels of the decoder
 // A small decoder is read forth for one token and back for the next: what of it is still in the cache is then read first.

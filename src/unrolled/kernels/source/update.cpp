@@ -112,7 +112,6 @@ extern "C" int clip_and_descend(
     int64_t row_count, int64_t width, int64_t height, float* table, const int64_t* ids, float* row_gradients, int apart,
     double max_norm, double rate, double* norm) {
     if (!within(ids, row_count, height)) return NO_SUCH_ID;
-    static thread_local Workspace workspace;
     try {
         workspace.reserve(Workspace::room<int64_t>(row_count));
     } catch (const std::bad_alloc&) {

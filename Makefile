@@ -5,13 +5,13 @@ RUN = runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: install demo test check bench bench-peers docs clean
 
-install: .venv/installed
+install: .venv/installed  ## and the kernels, anew where their sources have changed
+	@$(BIN)/unrolled kernels build > /dev/null || true
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11, 4) and f"Python 3.11.4 or later is needed, not {v}; make PYTHON=/path/to/python")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@$(BIN)/unrolled kernels build || true
 	@touch $@
 
 demo: install  ## train on the embedded corpus, then predict and generate

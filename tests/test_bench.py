@@ -1,8 +1,10 @@
 """Speed beside PyTorch's own layers: what is timed, and on what."""
 
+import inspect
 from pathlib import Path
 
 import pytest
+import torch
 
 from unrolled import UnrolledError, subjects
 from unrolled.bench import _Worker, bench
@@ -69,10 +71,26 @@ def test_a_program_has_a_name_of_its_own_and_a_command(recipe: str, name: str) -
         next(bench(recipe, ("train",), (name,)))
 
 
-@pytest.mark.parametrize("name", ["demo", "text8-jordan"])
-def test_what_pytorchs_layers_cannot_do_is_refused_before_anything_is_timed(name: str) -> None:
-    with pytest.raises(UnrolledError, match=f"{name} cannot be timed beside PyTorch's own layers"):
-        next(bench(name))
+def test_what_pytorchs_layers_cannot_do_is_refused_before_anything_is_timed(recipe: str) -> None:
+    tied = Path(recipe).read_text().replace("[model]", "[model]\ntie_weights = true")
+    Path(recipe).write_text(tied)
+    for name in (recipe, "text8-jordan"):
+        with pytest.raises(UnrolledError, match="cannot be timed beside PyTorch's own layers"):
+            next(bench(name))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_what_is_timed_beside_each_other_are_steps_of_the_same_training(recipe: str, optimizer: str) -> None:
+    """PyTorch's side learns as the recipe says."""
+    Path(recipe).write_text(Path(recipe).read_text().replace('"sgd"', f'"{optimizer}"\nlearning_rate = 0.01'))
+    case = subjects.case(recipe)
+    torch.manual_seed(1)
+    work = subjects.plain("train", case, "f32")
+    network, used = (inspect.getclosurevars(work).nonlocals[name] for name in ("network", "optimizer"))
+    before = [parameter.clone() for parameter in network.parameters()]
+    work(1)
+    assert isinstance(used, torch.optim.SGD if optimizer == "sgd" else torch.optim.AdamW)
+    assert all((one != other).any() for one, other in zip(network.parameters(), before, strict=True))
 
 
 def test_every_figure_of_a_bench_is_there(recipe: str) -> None:

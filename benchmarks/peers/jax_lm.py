@@ -12,6 +12,8 @@ from jax import lax
 
 work = json.loads(sys.argv[1])
 model, training = work["recipe"]["model"], work["recipe"]["training"]
+if training["optimizer"] != "sgd":
+    sys.exit("only recipes with SGD")
 ids, vocab_size = np.load(work["ids"]), work["vocab_size"]
 batch_size, num_steps, keep = training["batch_size"], training["num_steps"], 1 - model["dropout"]
 one_hot, lstm = model["embedding_size"] == 0, model["cell"] == "lstm"

@@ -11,6 +11,8 @@ import tensorflow as tf  # noqa: E402
 
 work = json.loads(sys.argv[1])
 model, training = work["recipe"]["model"], work["recipe"]["training"]
+if training["optimizer"] != "sgd":
+    sys.exit("only recipes with SGD")
 ids, vocab_size = np.load(work["ids"]), work["vocab_size"]
 batch_size, num_steps = training["batch_size"], training["num_steps"]
 one_hot, lstm = model["embedding_size"] == 0, model["cell"] == "lstm"

@@ -18,7 +18,10 @@ from typing import Any, Self
 
 import torch
 
+from unrolled import __version__
 from unrolled.errors import UnrolledError
+from unrolled.folder import hardware
+from unrolled.kernels.build import in_use
 from unrolled.recipe import load_recipe
 from unrolled.subjects import (
     BASELINE,
@@ -124,6 +127,12 @@ def bench(
                 "ceiling_gflop_per_second": possible / 1e9,
                 "peak_memory_mib": memory[name],
             }
+
+
+def machine() -> dict[str, Any]:
+    """Where it is measured: the processor, its cores and threads, the versions, the kernels."""
+    versions = {"unrolled": __version__, "torch": torch.__version__, "kernels": in_use()}
+    return hardware(torch.device("cpu")) | versions
 
 
 class _Worker:

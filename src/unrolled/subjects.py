@@ -87,14 +87,14 @@ def case(name: str) -> Case:
 
 
 def refuse_incomparable(recipe: Recipe) -> Recipe:
-    """The recipe, where PyTorch's own layers and SGD can do what it asks for.
+    """The recipe, where PyTorch's own layers can do what it asks for.
 
     Raises:
         UnrolledError: they cannot.
     """
-    if recipe.training.optimizer != "sgd" or recipe.model.tie_weights or recipe.model.cell == "jordan":
+    if recipe.model.tie_weights or recipe.model.cell == "jordan":
         raise UnrolledError(
-            f"{recipe.name} cannot be timed beside PyTorch's own layers: only recipes with SGD, a decoder of their own "
+            f"{recipe.name} cannot be timed beside PyTorch's own layers: only recipes with a decoder of their own "
             "and no Jordan network can, ptb-small for one"
         )
     return recipe
@@ -202,11 +202,15 @@ def _detached(state: Any) -> Any:
 
 
 def plain(task: str, case: Case, precision: str, compiled: bool = False) -> Work:
-    """The same work on PyTorch's own layers: cross_entropy, clip_grad_norm_, SGD; log_softmax, topk."""
+    """The same work on PyTorch's own layers: cross_entropy, clip_grad_norm_, SGD or AdamW; log_softmax, topk."""
     training = case.recipe.training
     network = _Plain(case).train(task == "train")
     forward: Any = torch.compile(network) if compiled else network
-    optimizer = torch.optim.SGD(network.parameters(), lr=training.learning_rate)
+    if training.optimizer == "sgd":
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(network.parameters(), lr=training.learning_rate)
+    else:
+        decay = training.weight_decay
+        optimizer = torch.optim.AdamW(network.parameters(), training.learning_rate, weight_decay=decay, fused=True)
     streams = {"train": training.batch_size, "score": SCORED_STREAMS, "next-word": 1}[task]
     states: list[Any] = [None] * len(network.layers)
     windows = case.windows(streams)

@@ -159,6 +159,33 @@ def test_what_another_process_built_is_taken_and_what_runs_is_what_is_said(tmp_p
     assert done.stdout.strip() == build.in_use()
 
 
+def test_a_training_compiles_nothing_and_goes_on_after_a_build_that_failed(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler, asked = empty_cache / "cxx", empty_cache / "asked"
+    compiler.write_text(f"#!/bin/sh\necho once >> '{asked}'\nexit 1\n", encoding="utf-8")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("UNROLLED_KERNELS", "portable")
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "unrolled", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    done = run("kernels", "build")
+    assert done.returncode == 2
+    assert "without them all runs on PyTorch alone" in done.stderr.splitlines()[-1]
+    small = ("--data", "toy", "--max-epochs", "1", "--model.hidden-sizes", "8", "--training.batch-size", "200")
+    done = run("train", "demo", *small, "--out", str(empty_cache / "run"))
+    assert done.returncode == 0
+    assert "on PyTorch alone; unrolled kernels build makes this faster" in done.stderr
+    monkeypatch.setenv("UNROLLED_KERNELS", "off")
+    done = run("train", "demo", *small, "--out", str(empty_cache / "other"))
+    assert done.returncode == 0
+    assert "on PyTorch alone: UNROLLED_KERNELS is off" in done.stderr
+    assert asked.read_text(encoding="utf-8") == "once\n"
+
+
 def test_without_a_compiler_the_way_out_is_named(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(empty_cache))

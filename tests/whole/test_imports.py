@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("inference/evaluate", "inference/generate"),
     },
     "subjects": {"training", "recipe", "data", "nn", "run", "kernels"},
-    "bench": {"recipe", "subjects"},
+    "bench": {"folder", "kernels", "recipe", "subjects"},
     "items": {"inference/score"},
     "serving": {"serving", "run", "inference", "data/tokens", "nn", "metrics"},
     "progress": set(),

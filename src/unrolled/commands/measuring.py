@@ -71,12 +71,12 @@ def bench(
     """Speed beside PyTorch's own layers: the same recipe, text and machine, in alternating rounds.
 
     Shown are the median, least and most of the rounds; the ratio, how many times as fast as torch f32; the ceiling, the
-    share of what PyTorch does on one large product; the most memory that was held.
+    share of what PyTorch does on one large product; the most memory that was held. With --json the machine comes first.
 
     Parameters
     ----------
     recipe
-        Recipes that train with SGD and a decoder of their own, by name or file.
+        Recipes with a decoder of their own, by name or file.
     task
         train, score (64 streams), next-word (one stream).
     subject
@@ -89,6 +89,8 @@ def bench(
     """
     from unrolled import bench as benchmark
 
+    if json:
+        print_json(benchmark.machine())
     for name in recipe:
         answers = benchmark.bench(name, task, subject, rounds, seconds, notice)
         for which, of_task in groupby(answers, key=lambda answer: answer["task"]):

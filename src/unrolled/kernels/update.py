@@ -99,7 +99,7 @@ def clip_and_adapt(
 ) -> Tensor:  # fmt: skip
     """A step of AdamW by gradients that are clipped to `max_norm` all together, where their norm is finite.
 
-    Loshchilov & Hutter 2019 (arXiv 1711.05101), algorithm 2, as `torch.optim.AdamW` has it.
+    Loshchilov & Hutter 2019 (arXiv 1711.05101), algorithm 2, as PyTorch has it.
 
     Args:
         parameters: contiguous, changed in place, of which PyTorch is told.

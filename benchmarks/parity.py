@@ -66,7 +66,7 @@ class Plain:
         self.embedding = nn.Embedding(model.vocab_size, sizes[0])
         self.layers = nn.ModuleList(nn.LSTM(size, hidden) for size, hidden in pairwise(sizes))
         self.decoder = nn.Linear(sizes[-1], model.vocab_size)
-        for lstm in self.layers:
+        for lstm in self.layers if recipe.model.join == "concatenate" else ():  # which has no second bias
             nn.init.zeros_(getattr(lstm, "bias_hh_l0").requires_grad_(False))  # noqa: B009
         modules = nn.ModuleList([self.embedding, *self.layers, self.decoder])
         self.parameters = [parameter for parameter in modules.parameters() if parameter.requires_grad]

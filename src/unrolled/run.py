@@ -272,7 +272,7 @@ def pick_device(name: str) -> torch.device:
         UnrolledError: this PyTorch has no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):

@@ -172,7 +172,9 @@ def test_an_unknown_encoding_is_named(write: Write) -> None:
 def test_a_compressed_file_is_not_read_as_text(write: Write) -> None:
     import gzip
 
-    assert "is compressed; unpack it: gunzip -c" in message(write("mine.txt.gz", gzip.compress(LINES.encode())))
+    assert "mine.txt.gz is compressed; unpack it first: gunzip -c" in message(
+        write("mine.txt.gz", gzip.compress(LINES.encode()))
+    )
 
 
 # ------------------------------------------------------------------------------------------------ folders and archives

@@ -94,6 +94,18 @@ def test_an_sgd_of_ones_own_steps_as_pytorch_has_it() -> None:
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_rate_may_be_a_tensor(kind: type[torch.optim.Optimizer]) -> None:
+    torch.manual_seed(1)
+    results = []
+    for rate in (0.1, torch.tensor(0.1)):
+        parameter = nn.Parameter(torch.ones(5))
+        parameter.grad = torch.arange(5.0)
+        clip_and_step(kind([parameter], lr=rate), 1.0)  # type: ignore[call-arg]
+        results.append(parameter.detach())
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("max_norm", [1e-2, 1e9])
 @pytest.mark.parametrize("norm_convention", ["exact", "tensorflow"])

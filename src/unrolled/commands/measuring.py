@@ -89,13 +89,15 @@ def bench(
     """
     from unrolled import bench as benchmark
 
-    if json:
-        print_json(benchmark.machine())
+    untold = json
     for name in recipe:
         answers = benchmark.bench(name, task, subject, rounds, seconds, notice)
         for which, of_task in groupby(answers, key=lambda answer: answer["task"]):
             rows = []
             for answer in of_task:
+                if untold:
+                    print_json(benchmark.machine())
+                    untold = False
                 if json:
                     print_json(answer)
                     continue
@@ -153,6 +155,6 @@ def kernels_status(*, json: Json = False) -> None:
         ],
     )
     if level and not answer["built"]:
-        notice("not built: unrolled kernels build")
+        notice(f"not built for {level}: unrolled kernels build tries it")
     elif level and used != level:
-        notice(f"built for {level}, but it cannot be loaded, or the system does not grant the processor's matrix unit")
+        notice(f"that for {level} cannot be loaded, or the system does not grant the processor's matrix unit")

@@ -149,9 +149,10 @@ def predict(
 
     if complete and words != 1:
         raise UnrolledError("--complete and --words exclude each other")
-    for name, value, most in (("-k", k, MOST_SAMPLES), ("--words", words, MOST_WORDS)):
-        if words != 1 and not 1 <= value <= most:
-            raise UnrolledError(f"{name} must be from 1 to {most} where --words is not 1, not {value}")
+    if not 1 <= words <= MOST_WORDS:
+        raise UnrolledError(f"--words must be from 1 to {MOST_WORDS}, not {words}")
+    if words != 1 and not 1 <= k <= MOST_SAMPLES:
+        raise UnrolledError(f"-k must be from 1 to {MOST_SAMPLES} where --words is not 1, not {k}")
     model = unrolled.load(run, device, precision)
 
     def answers(texts: list[str]) -> list[list[tuple[str, float]]]:

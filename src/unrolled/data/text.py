@@ -100,7 +100,7 @@ def open_corpus(name: str, encoding: str | None = "utf-8", fetch_missing: bool =
         names = {split: file.name for split, file in files.items()}
         paths = {split: recoded(file, encoding) for split, file in files.items()}
         return Corpus(title, _files(title, paths, names), encoding=encoding)
-    _refuse_other_kinds(path)
+    _refuse_other_kinds(path, title)
     if archives.is_archive(path):
         return _archive(path, encoding)
     return _one_file(title, path, encoding)
@@ -111,10 +111,10 @@ def open_text(name: str, encoding: str | None = "utf-8") -> Corpus:
     path = spooled() if name == "-" else Path(name)
     if name in KNOWN or not path.is_file():
         return open_corpus(name, encoding)
-    _refuse_other_kinds(path)
+    title = "standard input" if name == "-" else path.name
+    _refuse_other_kinds(path, title)
     if archives.is_archive(path):
         return _archive(path, encoding)
-    title = "standard input" if name == "-" else path.name
     return Corpus(title, _files(title, {"text": recoded(path, encoding)}, {"text": title}), encoding=encoding)
 
 
@@ -188,7 +188,7 @@ def import_corpus(name: str, path: Path) -> Corpus:
     if not path.exists():
         raise UnrolledError(f"no file {str(path)!r}")
     if not path.is_dir():
-        _refuse_other_kinds(path)
+        _refuse_other_kinds(path, path.name)
     corpus = _known(name, path)
     folder = cache_folder() / "corpora" / name
     if path.is_dir():
@@ -357,11 +357,11 @@ def _files(title: str, paths: dict[str, Path], names: dict[str, str] | None = No
     return splits
 
 
-def _refuse_other_kinds(path: Path) -> None:
+def _refuse_other_kinds(path: Path, title: str) -> None:
     if not path.is_file():
         raise UnrolledError(f"{path} is neither a file nor a folder")
     with path.open("rb") as file:
         start = file.read(4)
     for mark, unpack in ((b"\x1f\x8b", "gunzip"), (b"BZh", "bunzip2"), (b"\xfd7zX", "unxz")):
         if start.startswith(mark) and not archives.is_archive(path):
-            raise UnrolledError(f"{path.name} is compressed; unpack it: {unpack} -c {path.name} > text.txt")
+            raise UnrolledError(f"{title} is compressed; unpack it first: {unpack} -c")

@@ -127,26 +127,27 @@ def build(again: bool = False, progress: Callable[[str], None] = lambda text: No
     failures: list[UnrolledError] = []
     for level in levels():
         path = library_path(level)
-        try:
-            if again or not is_whole(path):
-                progress(f"compiling for {level}; it takes a quarter of a minute")
-                _compile(level, path)
-        except UnrolledError as error:
-            failures.append(error)
-            progress(f"{level}: {error}")
-            continue
+        if again or not is_whole(path) or opened(path) is None:
+            if (command := compiler()) is None:
+                raise UnrolledError(
+                    "no C++ compiler: install g++ (apt install g++) and run unrolled kernels build; "
+                    "until then everything runs on PyTorch alone"
+                )
+            progress(f"compiling for {level}; it takes a quarter of a minute")
+            try:
+                _compile(command, level, path)
+            except UnrolledError as error:
+                if isinstance(error.__cause__, OSError):  # the compiler itself cannot be run
+                    raise
+                failures.append(error)
+                progress(f"{level}: {error}")
+                continue
         _loaded.cache_clear()  # whoever asked before it was there asks again
         return level, path
     raise failures[0] if failures else UnrolledError("the kernels are switched off: UNROLLED_KERNELS is off")
 
 
-def _compile(level: str, path: Path) -> None:
-    command = compiler()
-    if command is None:
-        raise UnrolledError(
-            "no C++ compiler: install g++ (apt install g++) and run unrolled kernels build; "
-            "until then everything runs on PyTorch alone"
-        )
+def _compile(command: list[str], level: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(".build-*"):  # by a build that was killed
         with suppress(OSError):  # another sweeps too
@@ -160,15 +161,15 @@ def _compile(level: str, path: Path) -> None:
             raise UnrolledError(f"the kernels did not compile: {command[0]} made no library; CXX names the compiler")
         _run([sys.executable, "-c", _CHECK, str(made)], "do not run here")
         with _hash_file(path).open("a", encoding="utf-8") as hashes:  # beside that of another, who builds at once
-            hashes.write(sha256_of(made) + "\n")
+            hashes.write(f"\n{sha256_of(made)}\n")
         made.replace(path)
 
 
 def is_whole(path: Path) -> bool:
     """Whether a library is there as it was built."""
     try:
-        return sha256_of(path) in _hash_file(path).read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError):
+        return sha256_of(path) in _hash_file(path).read_text(encoding="utf-8", errors="replace").split()
+    except OSError:
         return False
 
 
@@ -191,9 +192,10 @@ for narrow in (False, True):
     with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
         nll, _, _ = model.nll(ids, ids, model.initial_state(10))
     nll.backward()
-sys.exit(0 if nll.isfinite() else "what they compute is no number")
+    if not all(each.grad.isfinite().all() for each in model.parameters()):
+        sys.exit("what they compute is no number")
 """
-"""A step of training, in a process that may die of it."""
+"""A window's loss and gradients, in a process that may die of it."""
 
 
 def _run(command: list[str], failure: str) -> None:

@@ -207,6 +207,8 @@ def _recurrent_backward(
         d_outputs, d_c_last, inputs, h, c, weight_ih, weight_hh, outputs, gates, cells, kind, narrow, wants_inputs
     )
     (steps, batch), ids = inputs.shape[:2], not inputs.is_floating_point()
+    if (c is None) != (kind != KINDS["lstm"]):
+        raise ValueError("an LSTM has cells, and nothing else has")
     wide, (_, size) = weight_ih.shape[1], h.shape
     of_units = steps, batch, (size + 15) // 16
     expect((inputs, (steps, batch) if ids else (steps, batch, wide)), ids=ids)

@@ -98,7 +98,12 @@ def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float, nor
 
 def _is_plain(optimizer: torch.optim.Optimizer, kind: type[torch.optim.Optimizer], *unlike: str) -> bool:
     (group,) = optimizer.param_groups
-    return type(optimizer) is kind and not any(group[name] for name in unlike)
+    numbers = group["lr"], *group.get("betas", ())  # which PyTorch would take as tensors, too
+    return (
+        type(optimizer) is kind
+        and not any(group[name] for name in unlike)
+        and all(isinstance(number, float | int) for number in numbers)
+    )
 
 
 def _descend(parameters: list[nn.Parameter], rate: float, max_norm: float, norm_convention: str) -> float:

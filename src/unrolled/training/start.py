@@ -84,7 +84,7 @@ def say_kernels(path: Path, device: torch.device, recipe: Recipe, progress: Prog
         progress(note(f"{precision}, on PyTorch alone; unrolled kernels build makes this faster"))
     else:
         but = "" if cell in ("lstm", "gru", "elman") else f", but for its {cell} layer, which runs on PyTorch alone"
-        better = f"; unrolled kernels build makes those for {best}" if (best := build.levels()[0]) != used else ""
+        better = f"; unrolled kernels build tries those for {best}" if (best := build.levels()[0]) != used else ""
         progress(note(f"{precision}, on the {used} kernels{but}{better}"))
     if device.type == "cpu" and precision == "bf16" and not build.processor_multiplies_bf16():
         progress(note("this processor has no instruction for bf16; --precision f32 is faster, and rounds less"))

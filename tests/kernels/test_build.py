@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from unrolled import UnrolledError
+from unrolled.files import sha256_of
 from unrolled.kernels import build
 
 ABLE = [name for name, level in build.LEVELS.items() if level.flags <= build.processor_flags()]
@@ -158,6 +159,24 @@ def test_what_another_process_built_is_taken_and_what_runs_is_what_is_said(tmp_p
     command = [sys.executable, "-c", _LATER, build.in_use(), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == build.in_use()
+
+
+@pytest.mark.skipif(BUILT is None, reason="the kernels are not built: unrolled kernels build")
+def test_a_library_that_is_whole_and_does_not_load_is_built_again(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler, path = empty_cache / "cxx", build.library_path("portable")
+    compiler.write_text(f"#!/bin/sh\nfor made; do :; done\ncp '{BUILT}' \"$made\"\n", encoding="utf-8")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("UNROLLED_KERNELS", "portable")
+    path.parent.mkdir()
+    path.write_bytes(b"no library")
+    path.with_suffix(".sha256").write_text(sha256_of(path))
+    assert build.is_whole(path)
+    assert build.opened(path) is None
+    assert build.build() == ("portable", path)
+    assert build.opened(path) is not None
 
 
 def test_a_training_compiles_nothing_and_goes_on_after_a_build_that_failed(

@@ -276,10 +276,16 @@ def test_a_resume_point_whose_optimizer_does_not_fit_is_refused(tmp_path: Path) 
     path = tmp_path / "run"
     unrolled.train("demo", data="toy", out=path, changes=SMALL | {"training.max_epochs": 1})
     tensors, metadata = read_tensors(path / "last/resume.safetensors")
-    tensors["optimizer.1.exp_avg_sq"] = torch.zeros(4)
-    write_tensors(path / "last/resume.safetensors", tensors, metadata)
-    with pytest.raises(unrolled.UnrolledError, match="does not fit the recipe of its run"):
-        unrolled.train(None, out=path, resume=True, changes={"training.max_epochs": 2})
+    spoilt = tensors["optimizer.1.exp_avg"].clone().fill_(torch.nan)
+    for name, wrong in (
+        ("exp_avg_sq", torch.zeros(4)),
+        ("step", torch.tensor(torch.nan)),
+        ("step", torch.tensor(-1.0)),
+        ("exp_avg", spoilt),
+    ):
+        write_tensors(path / "last/resume.safetensors", tensors | {f"optimizer.1.{name}": wrong}, metadata)
+        with pytest.raises(unrolled.UnrolledError, match="does not fit the recipe of its run"):
+            unrolled.train(None, out=path, resume=True, changes={"training.max_epochs": 2})
 
 
 def test_values_of_any_kind_that_fits_are_kept_as_the_recipe_has_them(tmp_path: Path) -> None:

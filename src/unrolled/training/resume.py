@@ -217,6 +217,8 @@ def _put_back(
         expected = () if slot == "step" else parameters[int(number)].shape
         if tensor.shape != expected or tensor.dtype != torch.float32:  # the fused step would write where it must not
             raise ValueError(name)
+        if not tensor.isfinite().all() or (slot == "step" and tensor < 0):
+            raise ValueError(name)
         slots.setdefault(int(number), {})[slot] = tensor
     expected_slots = {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.AdamW) else set()
     if slots and (len(slots) < len(parameters) or any(set(slot) != expected_slots for slot in slots.values())):

@@ -23,10 +23,11 @@ WORDS = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog", "lay", "b
 def main(into: Path) -> None:
     (into / "commands.md").write_text(commands(), encoding="utf-8")
     (into / "windows.svg").write_text(windows_drawing(), encoding="utf-8")
-    pages: dict[str, dict[str, list[dict[str, Any]]]] = {}  # a picture for each page; the recipes of text8 share one
+    pages: dict[str, dict[str, list[dict[str, Any]]]] = {}  # a picture for each page; some share one
     for metrics in sorted((DOCS / "results").glob("*.metrics.jsonl")):
         name = metrics.name.removesuffix(".metrics.jsonl")
-        pages.setdefault("text8" if name.startswith("text8") else name, {})[name] = read_metrics(metrics)
+        page = next((one for one in ("text8", "ptb-medium") if name.startswith(one)), name)
+        pages.setdefault(page, {})[name] = read_metrics(metrics)
     for page, runs in pages.items():
         write_picture(perplexity_chart(runs), into / "results" / f"{page}.svg")
     for name, drawn in (("speed", speed_chart), ("growth", growth_chart)):

@@ -1,7 +1,8 @@
 """The native kernels of training as PyTorch operators with their gradients: `torch.ops.unrolled.*`.
 
 Each has a plain twin that computes the same: `unroll_plain`, `token_nll_plain`, `dropout_plain`. To call an operator
-where they are not built is an error.
+where they are not built is an error. The file is long because an operator, its shapes, its gradient and what it
+refuses are read together.
 """
 
 from collections.abc import Callable

@@ -1,11 +1,11 @@
 """How speed and memory grow: with hidden size, vocabulary, streams, threads and the corpus. JSON lines, one a case.
 
 Everything but what grows is `ptb-small`. Ours (in bf16 where the processor multiplies it, else in f32) and PyTorch's
-nn.LSTM (f32) train on the same ids, drawn as Zipf has them, each case in a process of its own, of which the speed and
-the most memory are reported. The corpus is a text file of a million words, ten and a hundred, trained on as
-`unrolled train` would, so its memory holds the reading too.
+nn.LSTM (f32) train on the same ids, drawn as Zipf has them, in turns, each round in a process of its own, of which the
+median speed, the rounds' ratios and the most memory are reported. The corpus is a text file of a million words, ten and
+a hundred, trained on as `unrolled train` would, so its memory holds the reading too.
 
-    python benchmarks/growth.py [--seconds 3] > docs/results/growth.jsonl
+    python benchmarks/growth.py [--rounds 3] [--seconds 2] > docs/results/growth.jsonl
 """
 
 import argparse
@@ -15,7 +15,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from statistics import median
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from unrolled.data.text import open_corpus
 from unrolled.data.tokens import Vocabulary
 from unrolled.files import cache_folder
 from unrolled.recipe import load_recipe
-from unrolled.subjects import Case, fastest_precision, ours, plain
+from unrolled.subjects import BASELINE, Case, fastest_precision, ours, plain
 
 VOCAB_SIZE, THREADS, MILLION = 10_000, 2, 1_000_000
 CASES: list[tuple[str, list[int]]] = [
@@ -38,7 +38,7 @@ CASES: list[tuple[str, list[int]]] = [
 ]
 SUBJECTS = {
     f"unrolled {fastest_precision()}": lambda case: ours("train", case, fastest_precision()),
-    "torch f32": lambda case: plain("train", case, "f32"),
+    BASELINE: lambda case: plain("train", case, "f32"),
 }
 
 
@@ -58,7 +58,7 @@ def write_text(path: Path, words: int) -> None:
             file.write(block)
 
 
-def measure(subject: str, grows: str, size: int, text: str | None, seconds: float) -> dict[str, Any]:
+def measure(subject: str, grows: str, size: int, text: str | None, seconds: float) -> tuple[float, float]:
     """Trains for some seconds; tokens per second, and the most memory of this process in MiB."""
     torch.set_num_threads(size if grows == "threads" else THREADS)
     recipe, vocab_size = load_recipe("ptb-small"), VOCAB_SIZE
@@ -81,18 +81,25 @@ def measure(subject: str, grows: str, size: int, text: str | None, seconds: floa
     begun = time.perf_counter()
     work(count)
     tokens = count * recipe.training.batch_size * recipe.training.num_steps
+    return tokens / (time.perf_counter() - begun), peak_memory_mib()
+
+
+def summary(rounds: list[tuple[float, float]], baseline: list[tuple[float, float]]) -> dict[str, float]:
+    """What the rounds of a subject come to: median speed and memory, and the rounds' ratios to the baseline's speed."""
+    ratios = [speed / other for (speed, _), (other, _) in zip(rounds, baseline, strict=True)]
     return {
-        "grows": grows,
-        "size": size,
-        "subject": subject,
-        "tokens_per_second": round(tokens / (time.perf_counter() - begun)),
-        "peak_memory_mib": round(peak_memory_mib()),
+        "tokens_per_second": round(median(speed for speed, _ in rounds)),
+        "ratio_to_baseline": round(median(ratios), 2),
+        "ratio_minimum": round(min(ratios), 2),
+        "ratio_maximum": round(max(ratios), 2),
+        "peak_memory_mib": round(max(memory for _, memory in rounds)),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=2.0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.txt"
@@ -102,12 +109,14 @@ def main() -> None:
             for size in sizes:
                 if grows == "corpus_words":
                     write_text(text, size)
-                for subject in SUBJECTS:
-                    corpus = str(text) if grows == "corpus_words" else None
+                corpus = str(text) if grows == "corpus_words" else None
+                rounds: dict[str, list[tuple[float, float]]] = {subject: [] for subject in SUBJECTS}
+                for subject in [*SUBJECTS] * options.rounds:
                     with multiprocessing.get_context("spawn").Pool(1) as pool:
-                        print(
-                            json.dumps(pool.apply(measure, (subject, grows, size, corpus, options.seconds))), flush=True
-                        )
+                        rounds[subject].append(pool.apply(measure, (subject, grows, size, corpus, options.seconds)))
+                for subject, measured in rounds.items():
+                    case = {"grows": grows, "size": size, "subject": subject}
+                    print(json.dumps(case | summary(measured, rounds[BASELINE])), flush=True)
 
 
 if __name__ == "__main__":

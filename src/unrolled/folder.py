@@ -182,9 +182,20 @@ def check_files(path: Path, manifest: dict[str, Any]) -> None:
         UnrolledError: one is missing, damaged or changed.
     """
     for name in ALWAYS_CHECKED:
-        expected = manifest["files"].get(name)
-        if _hash_or_refuse(path / name) != expected and expected is not None:
-            raise UnrolledError(f"{path / name} is damaged or was changed: its SHA-256 is not the manifest's; {REPAIR}")
+        check_file(path / name, manifest)
+
+
+def check_file(file: Path, manifest: dict[str, Any]) -> None:
+    """A file of a run folder against its hash, where the manifest has one.
+
+    Raises:
+        UnrolledError: it is missing, damaged or changed.
+    """
+    if not file.is_file():
+        raise UnrolledError(f"{file} is missing; {REPAIR}")
+    expected = manifest["files"].get(file.name)
+    if expected is not None and sha256_of(file) != expected:
+        raise UnrolledError(f"{file} is damaged or was changed: its SHA-256 is not the manifest's; {REPAIR}")
 
 
 def _write_twice(path: Path, name: str, content: bytes) -> None:
@@ -338,12 +349,6 @@ def read_tensors(path: Path, id: str | None = None) -> tuple[dict[str, torch.Ten
     if id is not None and metadata.get("run") != id:
         raise UnrolledError(f"{path} is of another run; {REPAIR}")
     return tensors, metadata
-
-
-def _hash_or_refuse(path: Path) -> str:
-    if not path.is_file():
-        raise UnrolledError(f"{path} is missing; {REPAIR}")
-    return sha256_of(path)
 
 
 def _sha256_of_json(content: dict[str, Any]) -> str:

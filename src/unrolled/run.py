@@ -14,8 +14,7 @@ from unrolled.data.dataset import find_prepared, prepare_with
 from unrolled.data.text import SPLITS, open_corpus, open_text, text_is_there
 from unrolled.data.tokens import Tokenizer
 from unrolled.errors import UnrolledError
-from unrolled.files import sha256_of
-from unrolled.folder import REPAIR, check_files, read_manifest, read_tensors
+from unrolled.folder import check_file, check_files, read_manifest, read_tensors
 from unrolled.inference.evaluate import Evaluation, evaluate_exact, evaluate_paper
 from unrolled.kernels import build
 from unrolled.nn.cells import CELLS
@@ -207,8 +206,7 @@ class Run:
             path = self.folder / "heldout.safetensors"
             if not path.is_file():
                 raise UnrolledError(f"{path} was taken away; pass the text with --data")
-            if sha256_of(path) != self.manifest["files"].get(path.name):
-                raise UnrolledError(f"{path} is damaged or was changed: its SHA-256 is not the manifest's; {REPAIR}")
+            check_file(path, self.manifest)
             ids = read_tensors(path)[0].get(split)
             kinds = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
             if ids is None or ids.dim() != 1 or ids.dtype not in kinds:

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Iterable
+from inspect import unwrap
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -9,6 +11,17 @@ from torch import nn
 from unrolled.kernels import ops, update
 from unrolled.nn.model import LanguageModel
 from unrolled.recipe import Training
+
+Kind = TypeVar("Kind", bound=torch.optim.Optimizer)
+
+
+def _unguarded(kind: type[Kind]) -> type[Kind]:
+    """PyTorch's, less what keeps its compiler out of some methods, and for that loads it: a second, and 70 MiB."""
+    guarded = ("add_param_group", "state_dict", "load_state_dict", "step")
+    return type(kind.__name__, (kind,), {name: unwrap(getattr(kind, name)) for name in guarded})
+
+
+SGD, AdamW = _unguarded(torch.optim.SGD), _unguarded(torch.optim.AdamW)
 
 
 def make_optimizer(model: LanguageModel, training: Training) -> torch.optim.Optimizer:
@@ -20,10 +33,8 @@ def make_optimizer(model: LanguageModel, training: Training) -> torch.optim.Opti
     if training.optimizer == "sgd":
         if isinstance(model.embedding, nn.Embedding) and not model.has_tied_weights:
             model.embedding.sparse = True
-        return torch.optim.SGD(model.parameters(), lr=training.learning_rate)
-    return torch.optim.AdamW(
-        model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
-    )
+        return SGD(model.parameters(), lr=training.learning_rate)
+    return AdamW(model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
 
 
 def learning_rate(training: Training, epoch: int, step: int, total_steps: int) -> float:
@@ -64,9 +75,9 @@ def clip_and_step(optimizer: torch.optim.Optimizer, max_norm: float, norm_conven
     (group,) = optimizer.param_groups
     parameters = group["params"]
     serves = ops.serves(parameters[0])
-    if serves and _is_plain(optimizer, torch.optim.SGD, "momentum", "weight_decay", "maximize"):
+    if serves and _is_plain(optimizer, (torch.optim.SGD, SGD), "momentum", "weight_decay", "maximize"):
         norm = _descend(parameters, group["lr"], max_norm, norm_convention)
-    elif serves and _is_plain(optimizer, torch.optim.AdamW, "amsgrad", "maximize"):
+    elif serves and _is_plain(optimizer, (torch.optim.AdamW, AdamW), "amsgrad", "maximize"):
         norm = _adapt(optimizer, max_norm)
     else:
         norm = clip_by_global_norm(parameters, max_norm, norm_convention)
@@ -96,11 +107,11 @@ def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float, nor
     return norm
 
 
-def _is_plain(optimizer: torch.optim.Optimizer, kind: type[torch.optim.Optimizer], *unlike: str) -> bool:
+def _is_plain(optimizer: torch.optim.Optimizer, kinds: tuple[type, type], *unlike: str) -> bool:
     (group,) = optimizer.param_groups
     numbers = group["lr"], *group.get("betas", ())  # which PyTorch would take as tensors, too
     return (
-        type(optimizer) is kind
+        type(optimizer) in kinds
         and not any(group[name] for name in unlike)
         and all(isinstance(number, float | int) for number in numbers)
     )

@@ -8,18 +8,20 @@
 enum Kind { LSTM = 0, GRU = 1, TANH = 2, RELU = 3 };
 
 // Each cell says which gate's rows of weight_ih and weight_hh each slot takes (-1: none), and does a step's arithmetic on
-// vectors of units. `forward` finds in slot[s] the products of the step, leaves there what `backward` will read.
+// vectors of units. `forward` finds in slot[s] the products of the step, to which the biases (and a one-hot input's weights)
+// are to be added, and leaves there what `backward` will read. DIRECT: something of a step's gradient reaches the hidden
+// layer before by no product.
 
 struct Lstm {
     static constexpr int SLOTS = 4;
-    static constexpr bool CELL = true;
+    static constexpr bool CELL = true, DIRECT = false;
     static constexpr int FROM_INPUT[] = {0, 1, 2, 3}, FROM_HIDDEN[] = {0, 1, 2, 3};  // i, f, g, o
 
-    static INLINE Vec forward(Vec* slot, const Vec* bias, Vec, Vec& c) {
-        slot[0] = sigmoid(slot[0] + bias[0]);
-        slot[1] = sigmoid(slot[1] + bias[1]);
-        slot[2] = tanh(slot[2] + bias[2]);
-        slot[3] = sigmoid(slot[3] + bias[3]);
+    static INLINE Vec forward(Vec* slot, const Vec* added, Vec, Vec& c) {
+        slot[0] = sigmoid(slot[0] + added[0]);
+        slot[1] = sigmoid(slot[1] + added[1]);
+        slot[2] = tanh(slot[2] + added[2]);
+        slot[3] = sigmoid(slot[3] + added[3]);
         c = slot[1] * c + slot[0] * slot[2];
         return slot[3] * tanh(c);
     }
@@ -39,13 +41,13 @@ struct Lstm {
 
 struct Gru {
     static constexpr int SLOTS = 4;
-    static constexpr bool CELL = false;
+    static constexpr bool CELL = false, DIRECT = true;
     static constexpr int FROM_INPUT[] = {0, 1, 2, -1}, FROM_HIDDEN[] = {0, 1, -1, 2};  // r, z, n by input, by hidden
 
-    static INLINE Vec forward(Vec* slot, const Vec* bias, Vec h, Vec&) {
-        slot[0] = sigmoid(slot[0] + bias[0]);
-        slot[1] = sigmoid(slot[1] + bias[1]);
-        slot[2] = tanh(slot[2] + bias[2] + slot[0] * slot[3]);
+    static INLINE Vec forward(Vec* slot, const Vec* added, Vec h, Vec&) {
+        slot[0] = sigmoid(slot[0] + added[0]);
+        slot[1] = sigmoid(slot[1] + added[1]);
+        slot[2] = tanh(slot[2] + added[2] + slot[0] * slot[3]);
         return (1.0f - slot[1]) * slot[2] + slot[1] * h;
     }
     static INLINE void backward(const Vec* slot, Vec, Vec, Vec h, Vec dh, Vec&, Vec* gradient, Vec& direct) {
@@ -60,11 +62,11 @@ struct Gru {
 
 template <bool RECTIFIED> struct Elman {
     static constexpr int SLOTS = 1;
-    static constexpr bool CELL = false;
+    static constexpr bool CELL = false, DIRECT = false;
     static constexpr int FROM_INPUT[] = {0}, FROM_HIDDEN[] = {0};
 
-    static INLINE Vec forward(Vec* slot, const Vec* bias, Vec, Vec&) {
-        Vec x = slot[0] + bias[0];
+    static INLINE Vec forward(Vec* slot, const Vec* added, Vec, Vec&) {
+        Vec x = slot[0] + added[0];
         slot[0] = RECTIFIED ? (x > Vec{} || x != x ? x : Vec{}) : tanh(x);
         return slot[0];
     }
@@ -84,7 +86,7 @@ inline void slot_panel(const float* weight, int64_t hidden, int64_t u, int gate,
     else to_panel_from_columns<T>(weight + (gate * hidden + first) * k, k, columns, k, panel);
 }
 
-// The biases (S, 16) of block u; and for each of so many ids what a one-hot input adds to it, in rows of `width`.
+// The biases (S, 16) of block u; and for each of so many ids the same with what its one-hot input adds, in rows of `width`.
 template <class Cell>
 inline void block_biases(
     const float* weight_ih, const float* bias, int64_t hidden, int64_t u, float* biases, float* table, int64_t ids,
@@ -94,7 +96,7 @@ inline void block_biases(
             const int64_t unit = u * PANEL + j, at = s * PANEL + j, row = Cell::FROM_INPUT[s] * hidden + unit;
             const bool real = Cell::FROM_INPUT[s] >= 0 && unit < hidden;
             biases[at] = real ? bias[row] : 0;
-            for (int64_t id = 0; id < ids; ++id) table[id * width + at] = real ? weight_ih[row * ids + id] : 0;
+            for (int64_t id = 0; id < ids; ++id) table[id * width + at] = real ? bias[row] + weight_ih[row * ids + id] : 0;
         }
 }
 

@@ -104,22 +104,19 @@ static void forward(
                 false);
         for (int64_t t = 0; t < z.steps; ++t) {
             float* step = gates + t * z.batch * W;
-            if (ids)
-                for (int64_t b = mine.streams.begin; b < mine.streams.end; ++b)
-                    std::memcpy(
-                        step + b * W + first, table + ids[t * z.batch + b] * W + first, own_panels * PANEL * sizeof(float));
             if (own_panels)
                 multiply<T>(
                     tiles, mine.batch(), own_panels, z.hidden, hidden[t & 1] + mine.streams.begin * width, width,
                     hidden_panels + mine.units.begin * S * from_hidden, from_hidden,
-                    step + mine.streams.begin * W + first, W, true);
-            for (int64_t b = mine.streams.begin; b < mine.streams.end; ++b)
+                    step + mine.streams.begin * W + first, W, !ids);
+            for (int64_t b = mine.streams.begin; b < mine.streams.end; ++b) {
+                const float* constant = ids ? table + ids[t * z.batch + b] * W : biases;
                 for (int64_t unit = mine.units.begin * PANEL; unit < mine.units.end * PANEL; unit += LANES) {
                     const int64_t block = unit / PANEL * S * PANEL + unit % PANEL, row = t * z.batch + b;
-                    Vec slot[S], bias_of[S], h_before{}, c_now{};
+                    Vec slot[S], added[S], h_before{}, c_now{};
                     for (int s = 0; s < S; ++s) {
                         slot[s] = load(step + b * W + block + s * PANEL);
-                        bias_of[s] = load(biases + block + s * PANEL);
+                        added[s] = load(constant + block + s * PANEL);
                     }
                     if (Cell::CELL)
                         c_now = t ? load(cells + ((row - z.batch) * U * PANEL) + unit)
@@ -127,13 +124,14 @@ static void forward(
                     else
                         h_before = t ? load_part(outputs + (row - z.batch) * z.hidden, unit, z.hidden)
                                      : load_part(h + b * z.hidden, unit, z.hidden);
-                    Vec output = Cell::forward(slot, bias_of, h_before, c_now);
+                    Vec output = Cell::forward(slot, added, h_before, c_now);
                     for (int s = 0; s < S; ++s) store(step + b * W + block + s * PANEL, slot[s]);
                     if (Cell::CELL) store(cells + row * U * PANEL + unit, c_now);
                     put(hidden[(t + 1) & 1] + b * width + unit, output);
                     store_part(outputs + row * z.hidden, unit, z.hidden, output);
                     if (Cell::CELL && t + 1 == z.steps) store_part(c_last + b * z.hidden, unit, z.hidden, c_now);
                 }
+            }
             if (!mine.apart) me.wait();
         }
     });
@@ -184,7 +182,8 @@ static void backward(
         for (int64_t b = mine.streams.begin; b < mine.streams.end; ++b)
             for (int64_t unit = mine.units.begin * PANEL; unit < mine.units.end * PANEL; unit += LANES) {
                 store(dh + b * ld + unit, Vec{});
-                store(dc + b * ld + unit, d_c_last ? load_part(d_c_last + b * z.hidden, unit, z.hidden) : Vec{});
+                if (Cell::CELL)
+                    store(dc + b * ld + unit, d_c_last ? load_part(d_c_last + b * z.hidden, unit, z.hidden) : Vec{});
             }
         float* my_biases = d_biases + me.thread * W;
         std::memset(my_biases, 0, W * sizeof(float));
@@ -208,10 +207,10 @@ static void backward(
                                      : load_part(h + b * z.hidden, unit, z.hidden);
                     }
                     Vec d_hidden = load(dh + b * ld + unit) + load_part(d_outputs + row * z.hidden, unit, z.hidden);
-                    Vec d_cell = load(dc + b * ld + unit);
+                    Vec d_cell = Cell::CELL ? load(dc + b * ld + unit) : Vec{};
                     Cell::backward(slot, c_now, c_before, h_before, d_hidden, d_cell, gradient, direct);
-                    store(dc + b * ld + unit, d_cell);
-                    store(dh + b * ld + unit, direct);
+                    if (Cell::CELL) store(dc + b * ld + unit, d_cell);
+                    if (Cell::DIRECT) store(dh + b * ld + unit, direct);
                     for (int s = 0; s < S; ++s) {
                         put(d_slots + row * slot_ld + block + s * PANEL, gradient[s]);
                         float* total = my_biases + block + s * PANEL;
@@ -223,7 +222,7 @@ static void backward(
                 multiply<T>(
                     tiles, mine.batch(), mine.blocks(), W, d_slots + (t * z.batch + mine.streams.begin) * slot_ld, slot_ld,
                     hidden_columns + mine.units.begin * depth, depth,
-                    dh + mine.streams.begin * ld + mine.units.begin * PANEL, ld, true);
+                    dh + mine.streams.begin * ld + mine.units.begin * PANEL, ld, Cell::DIRECT);
         }
         for (int64_t b = mine.streams.begin; b < mine.streams.end; ++b)
             for (int64_t unit = mine.units.begin * PANEL; unit < mine.units.end * PANEL; unit += LANES) {

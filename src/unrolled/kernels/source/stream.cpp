@@ -12,7 +12,7 @@ struct Layer {
     int64_t inputs, hidden;
     const void* panels;   // (U, S, K / G, 16, G), K: input and hidden layer
     const float* biases;  // (U, S, 16)
-    float* table;         // (inputs, U, S, 16) where inputs are one-hot; (slots, U, S, 16) of what is remembered
+    float* table;         // (inputs, U, S, 16), biases and all, where inputs are one-hot; (slots, U, S, 16) of what is remembered
     float* h;             // (B, H), read and written
     float* c;             // (B, H), an LSTM's
     int64_t* known;       // (slots) the id in each, from 1
@@ -57,9 +57,6 @@ static void advance(
     const T* weights = static_cast<const T*>(layer.panels) + first * K;
     const bool remembers = layer.slots && batch == 1;
     const int64_t done = remembers ? input_depth<T>(layer) : 0;
-    if (layer.one_hot)
-        for (int64_t b = 0; b < batch; ++b)
-            std::memcpy(products + b * width + first, layer.table + ids[b] * width + first, own_width * sizeof(float));
     if (remembers) {
         const int64_t slot = *ids % layer.slots;
         float* remembered = layer.table + slot * width + first;
@@ -69,22 +66,24 @@ static void advance(
     }
     multiply<T>(
         tiles, batch, own_width / PANEL, K - done, row + done, K, weights + done * PANEL, K * PANEL, products + first,
-        width, layer.one_hot || remembers);
-    for (int64_t b = 0; b < batch; ++b)
+        width, remembers);
+    for (int64_t b = 0; b < batch; ++b) {
+        const float* constant = layer.one_hot ? layer.table + ids[b] * width : layer.biases;
         for (int64_t unit = own.begin * PANEL; unit < own.end * PANEL; unit += LANES) {
             const int64_t block = unit / PANEL * S * PANEL + unit % PANEL;
-            Vec slot[S], bias[S], c{}, h = load_part(layer.h + b * layer.hidden, unit, layer.hidden);
+            Vec slot[S], added[S], c{}, h = load_part(layer.h + b * layer.hidden, unit, layer.hidden);
             for (int s = 0; s < S; ++s) {
                 slot[s] = load(products + b * width + block + s * PANEL);
-                bias[s] = load(layer.biases + block + s * PANEL);
+                added[s] = load(constant + block + s * PANEL);
             }
             if (Cell::CELL) c = load_part(layer.c + b * layer.hidden, unit, layer.hidden);
-            h = Cell::forward(slot, bias, h, c);
+            h = Cell::forward(slot, added, h, c);
             store_part(layer.h + b * layer.hidden, unit, layer.hidden, h);
             if (Cell::CELL) store_part(layer.c + b * layer.hidden, unit, layer.hidden, c);
             if (unit + LANES <= layer.hidden) put(above + b * above_ld + unit, h);
             else for (int64_t j = unit; j < layer.hidden; ++j) put1(above + b * above_ld + j, h[j - unit]);
         }
+    }
 }
 
 // ids (B) -> logits (B, panels of V), and the logarithm of the sum of their exponentials (B).

@@ -4,6 +4,7 @@ import copy
 import math
 from contextlib import nullcontext
 from itertools import pairwise
+from typing import Literal
 
 import pytest
 import torch
@@ -92,6 +93,27 @@ def test_an_sgd_of_ones_own_steps_as_pytorch_has_it() -> None:
                 optimizer.zero_grad()
     for one, other in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_a_recipes_optimizer_is_pytorchs(kind: Literal["sgd", "adamw"]) -> None:
+    """Steps taken by themselves, what is kept of them, and going on from that."""
+    torch.manual_seed(1)
+    model, ids = LanguageModel(300, 8, [12]), torch.randint(300, (3, 2))
+    plain, training = copy.deepcopy(model), Training(optimizer=kind, learning_rate=0.1, weight_decay=0.2)
+    theirs: torch.optim.Optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    if kind == "adamw":
+        theirs = torch.optim.AdamW(plain.parameters(), lr=0.1, weight_decay=0.2, fused=True)
+    for _ in range(3):
+        ours = make_optimizer(model, training)
+        ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+        for each, optimizer in ((model, ours), (plain, theirs)):
+            each.nll(ids, ids, each.initial_state(2))[0].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert isinstance(ours, type(theirs))
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+        torch.testing.assert_close(list(model.parameters()), list(plain.parameters()))
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])

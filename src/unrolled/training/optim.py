@@ -18,7 +18,7 @@ Kind = TypeVar("Kind", bound=torch.optim.Optimizer)
 def _unguarded(kind: type[Kind]) -> type[Kind]:
     """PyTorch's, less what keeps its compiler out of some methods, and for that loads it: a second, and 70 MiB."""
     guarded = ("add_param_group", "state_dict", "load_state_dict", "step")
-    return type(kind.__name__, (kind,), {name: unwrap(getattr(kind, name)) for name in guarded})
+    return type(kind.__name__, (kind,), {name: torch.no_grad()(unwrap(getattr(kind, name))) for name in guarded})
 
 
 SGD, AdamW = _unguarded(torch.optim.SGD), _unguarded(torch.optim.AdamW)

@@ -187,24 +187,31 @@ class Reader {
       this.done.textContent = `“${typed}” is no word of this model, which reads it as <unk>.`;
     }
     this.continued = prompt;
+    let waiting = 0;
+    const show = () => {
+      waiting = 0;
+      written.data = this.continued.slice(prompt.length);
+      this.out.scrollTop = this.out.scrollHeight;
+    };
     try {
       const body = { ...options, model: this.model.name, prompt, stream: true };
       const response = await ask("POST", "generate", body, signal);
       for await (const { event, data } of events(response.body)) {
         if (event === "error") throw new Error(data.error.message);
         if (event === "done") {
+          show();
           this.done.textContent = `${data.texts[0].tokens} tokens, seed ${data.seed}`;
         } else {
-          const piece = /\s$/.test(this.continued) ? data.text.replace(/^ /, "") : data.text;
-          written.data += piece;
-          this.continued += piece;
-          this.out.scrollTop = this.out.scrollHeight;
+          this.continued += /\s$/.test(this.continued) ? data.text.replace(/^ /, "") : data.text;
+          waiting ||= requestAnimationFrame(show); // not at every token: laying out a long text leaves no time for Stop
         }
       }
     } catch (error) {
       if (signal.aborted) this.done.textContent = "stopped";
       else throw error instanceof TypeError ? new Gone("The server does not answer. Is it still running?") : error;
     } finally {
+      cancelAnimationFrame(waiting);
+      if (written.isConnected) show(); // else another text is being written there
       this.take.hidden = options.detokenize || this.continued === prompt; // what people write is not what it reads
     }
   }

@@ -106,6 +106,7 @@ def test_a_recipes_optimizer_is_pytorchs(kind: Literal["sgd", "adamw"]) -> None:
         theirs = torch.optim.AdamW(plain.parameters(), lr=0.1, weight_decay=0.2, fused=True)
     for _ in range(3):
         ours = make_optimizer(model, training)
+        assert ours.state_dict()["param_groups"] == theirs.state_dict()["param_groups"]
         ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
         for each, optimizer in ((model, ours), (plain, theirs)):
             each.nll(ids, ids, each.initial_state(2))[0].backward()

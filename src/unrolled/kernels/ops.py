@@ -21,7 +21,8 @@ FEW_WORDS = 256
 MOST_KEPT = 1 << 24
 """So many of a window's exponentials are kept in f32 for the backward pass, 64 MiB; more are made again."""
 SLOTS = (4, 4, 1, 1)
-"""Of each kind, the gates that are computed and the numbers that are kept of each unit."""
+"""Of each kind, how many numbers are computed for a unit in a step."""
+_KEEPS_GATES = (True, True, False, False)
 _NO_SUCH_ID, _NO_SUCH_STATE, _NO_SUCH_COUNT, _NO_SUCH_MODEL = 2, 3, 4, 5
 operators = torch.library.Library("unrolled", "DEF")
 Forward = TypeVar("Forward", bound=Callable[..., Any])
@@ -148,7 +149,7 @@ def _recurrent(
 
     Returns:
         outputs (T, B, H); the last cells (B, H), empty but for an LSTM; and for the backward pass the gates
-        (T, B, U, S, 16) and cells (T, B, U, 16), units in U blocks of 16.
+        (T, B, U, S, 16), empty for an Elman layer, and cells (T, B, U, 16), units in U blocks of 16.
     """
     if (c is None) != (kind != KINDS["lstm"]):
         raise ValueError("an LSTM has cells, and nothing else has")
@@ -183,10 +184,14 @@ def _recurrent_shapes(
     (steps, batch), (_, hidden) = inputs.shape[:2], h.shape
     blocks = (hidden + 15) // 16
     outputs = h.new_empty(steps, batch, hidden)
-    gates = h.new_empty(steps, batch, blocks, SLOTS[kind], 16)
+    gates = h.new_empty(_shape_of_gates(kind, steps, batch, blocks))
     if c is None:
         return outputs, h.new_empty(0), gates, h.new_empty(0)
     return outputs, h.new_empty(batch, hidden), gates, h.new_empty(steps, batch, blocks, 16)
+
+
+def _shape_of_gates(kind: int, steps: int, batch: int, blocks: int) -> tuple[int, ...]:
+    return (steps, batch, blocks, SLOTS[kind], 16) if _KEEPS_GATES[kind] else (0,)
 
 
 operators.define(
@@ -215,7 +220,7 @@ def _recurrent_backward(
     expect((inputs, (steps, batch) if ids else (steps, batch, wide)), ids=ids)
     expect((d_outputs, (steps, batch, size)), (outputs, (steps, batch, size)), (h, (batch, size)), (c, (batch, size)))
     expect((weight_ih, (_GATES[kind] * size, wide)), (weight_hh, (_GATES[kind] * size, size)))
-    expect((d_c_last, (batch, size)), (gates, (*of_units, SLOTS[kind], 16)))
+    expect((d_c_last, (batch, size)), (gates, _shape_of_gates(kind, *of_units)))
     expect((cells, (0,) if c is None else (*of_units, 16)))
     inputs = as_int64(inputs) if ids else inputs
     inputs, h, weight_ih, weight_hh = (t.contiguous() for t in (inputs, h, weight_ih, weight_hh))

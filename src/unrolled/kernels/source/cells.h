@@ -9,12 +9,12 @@ enum Kind { LSTM = 0, GRU = 1, TANH = 2, RELU = 3 };
 
 // Each cell says which gate's rows of weight_ih and weight_hh each slot takes (-1: none), and does a step's arithmetic on
 // vectors of units. `forward` finds in slot[s] the products of the step, to which the biases (and a one-hot input's weights)
-// are to be added, and leaves there what `backward` will read. DIRECT: something of a step's gradient reaches the hidden
-// layer before by no product.
+// are to be added, and leaves there what `backward` will read, where anything is KEPT; else the output tells it all. DIRECT:
+// something of a step's gradient reaches the hidden layer before by no product.
 
 struct Lstm {
     static constexpr int SLOTS = 4;
-    static constexpr bool CELL = true, DIRECT = false;
+    static constexpr bool CELL = true, KEPT = true, DIRECT = false;
     static constexpr int FROM_INPUT[] = {0, 1, 2, 3}, FROM_HIDDEN[] = {0, 1, 2, 3};  // i, f, g, o
 
     static INLINE Vec forward(Vec* slot, const Vec* added, Vec, Vec& c) {
@@ -41,7 +41,7 @@ struct Lstm {
 
 struct Gru {
     static constexpr int SLOTS = 4;
-    static constexpr bool CELL = false, DIRECT = true;
+    static constexpr bool CELL = false, KEPT = true, DIRECT = true;
     static constexpr int FROM_INPUT[] = {0, 1, 2, -1}, FROM_HIDDEN[] = {0, 1, -1, 2};  // r, z, n by input, by hidden
 
     static INLINE Vec forward(Vec* slot, const Vec* added, Vec h, Vec&) {
@@ -62,7 +62,7 @@ struct Gru {
 
 template <bool RECTIFIED> struct Elman {
     static constexpr int SLOTS = 1;
-    static constexpr bool CELL = false, DIRECT = false;
+    static constexpr bool CELL = false, KEPT = false, DIRECT = false;
     static constexpr int FROM_INPUT[] = {0}, FROM_HIDDEN[] = {0};
 
     static INLINE Vec forward(Vec* slot, const Vec* added, Vec, Vec&) {

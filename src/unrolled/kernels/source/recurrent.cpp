@@ -44,7 +44,7 @@ static Work work_of(Member me, const Sizes& z, int64_t bytes) {
 // ------------------------------------------------------------------------------------------------ forward
 
 // inputs (T, B, E) or ids (T, B); h (B, H), c (B, H); outputs (T, B, H), c_last (B, H),
-// gates (T, B, U, S, 16), cells (T, B, U, 16).
+// gates (T, B, U, S, 16) where the cell keeps them, cells (T, B, U, 16).
 template <class T, class Cell>
 static void forward(
     int threads, Sizes z, const float* inputs, const int64_t* ids, const float* h, const float* c, const float* weight_ih,
@@ -53,16 +53,19 @@ static void forward(
     const int64_t U = z.blocks(), W = U * S * PANEL, width = round_up(z.hidden, 32), rows = z.rows();
     const int64_t from_input = ids ? 0 : panel_size<T>(z.inputs), from_hidden = panel_size<T>(z.hidden);
     const int64_t input_ld = padded<T>(z.inputs), input_room = ids ? 0 : (rows + ROW_SLACK * z.batch) * input_ld;
+    const bool one_step = ids && !Cell::KEPT;  // of products at a time
     workspace.reserve(
-        Workspace::room<T>((from_input + from_hidden) * U * S) + 2 * Workspace::room<T>((z.batch + ROW_SLACK) * width) +
-        Workspace::room<T>(input_room) + Workspace::room<float>(ids ? z.inputs * W : 0) +
-        Workspace::room<float>(W) + 2 * 64);
+        Workspace::room<T>(from_input * U * S) + Workspace::room<T>(from_hidden * U * S) +
+        2 * Workspace::room<T>((z.batch + ROW_SLACK) * width) + Workspace::room<T>(input_room) +
+        Workspace::room<float>(ids ? z.inputs * W : 0) +
+        Workspace::room<float>(W) + Workspace::room<float>(Cell::KEPT ? 0 : (one_step ? z.batch : rows) * W));
     T* input_panels = workspace.take<T>(from_input * U * S);
     T* hidden_panels = workspace.take<T>(from_hidden * U * S);
     T* hidden[2] = {workspace.take<T>((z.batch + ROW_SLACK) * width), workspace.take<T>((z.batch + ROW_SLACK) * width)};
     T* input_rows = workspace.take<T>(input_room);
     float* table = workspace.take<float>(ids ? z.inputs * W : 0);
     float* biases = workspace.take<float>(W);
+    if (!Cell::KEPT) gates = workspace.take<float>((one_step ? z.batch : rows) * W);
 
     together(threads, [&](Member me) {
         Tiles tiles;
@@ -103,7 +106,7 @@ static void forward(
                 tiles, rows, own_panels, z.inputs, input_rows, input_ld, own_input_panels, from_input, gates + first, W,
                 false);
         for (int64_t t = 0; t < z.steps; ++t) {
-            float* step = gates + t * z.batch * W;
+            float* step = gates + (one_step ? 0 : t * z.batch * W);
             if (own_panels)
                 multiply<T>(
                     tiles, mine.batch(), own_panels, z.hidden, hidden[t & 1] + mine.streams.begin * width, width,
@@ -125,7 +128,7 @@ static void forward(
                         h_before = t ? load_part(outputs + (row - z.batch) * z.hidden, unit, z.hidden)
                                      : load_part(h + b * z.hidden, unit, z.hidden);
                     Vec output = Cell::forward(slot, added, h_before, c_now);
-                    for (int s = 0; s < S; ++s) store(step + b * W + block + s * PANEL, slot[s]);
+                    for (int s = 0; s < S && Cell::KEPT; ++s) store(step + b * W + block + s * PANEL, slot[s]);
                     if (Cell::CELL) store(cells + row * U * PANEL + unit, c_now);
                     put(hidden[(t + 1) & 1] + b * width + unit, output);
                     store_part(outputs + row * z.hidden, unit, z.hidden, output);
@@ -197,7 +200,9 @@ static void backward(
                 for (int64_t unit = mine.units.begin * PANEL; unit < mine.units.end * PANEL; unit += LANES) {
                     const int64_t block = unit / PANEL * S * PANEL + unit % PANEL, row = t * z.batch + b;
                     Vec slot[S], gradient[S], c_now{}, c_before{}, h_before{}, direct;
-                    for (int s = 0; s < S; ++s) slot[s] = load(gates + row * W + block + s * PANEL);
+                    for (int s = 0; s < S; ++s)
+                        slot[s] = Cell::KEPT ? load(gates + row * W + block + s * PANEL)
+                                             : load_part(outputs + row * z.hidden, unit, z.hidden);
                     if (Cell::CELL) {
                         c_now = load(cells + row * ld + unit);
                         c_before = t ? load(cells + (row - z.batch) * ld + unit)

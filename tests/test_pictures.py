@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis.strategies import integers
 
 from unrolled import UnrolledError
-from unrolled.pictures import perplexity_chart, place_labels, svg, write_map
+from unrolled.pictures import map_figure, perplexity_chart, place_labels, svg, write_map
 
 NATS = [3.0, 2.5, 2.0, 1.5, 1.8, 1.2, 1.1, 1.0]
 """Per token over each quarter of two epochs of 400 steps."""
@@ -66,6 +66,12 @@ def test_a_map_is_drawn_in_the_form_that_its_name_says(ending: str, tmp_path: Pa
     assert content.startswith(starts[ending])
     if ending == "html":
         assert not re.search(rb"""<(script|link)[^>]*(src|href)=["']http""", content)
+
+
+def test_a_word_with_dollars_is_a_word() -> None:
+    words = ["$x$", "$$", "$\\nowhere$", "^{", "a_b"]
+    drawn = svg(map_figure(words, np.random.default_rng(1).normal(size=(5, 2)))[0])
+    assert all(f">{word}<" in drawn for word in words)
 
 
 def test_another_ending_is_named(tmp_path: Path) -> None:

@@ -140,9 +140,8 @@ def _label_ends(axes: "Axes", ends: list[tuple[float, str, str]]) -> None:
     lowest = -np.inf
     for place, (_, text, colour) in sorted(zip(heights, ends, strict=True)):
         lowest = max(place, lowest + step)
-        axes.annotate(
-            text, (1, lowest), (4, 0), xycoords="axes fraction", textcoords="offset points", va="center", color=colour
-        )
+        where = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "center"}
+        axes.annotate(text, (1, lowest), (4, 0), **where, color=colour, parse_math=False)
 
 
 def _new_figure(width: float, height: float) -> tuple["Figure", "Axes"]:
@@ -230,7 +229,10 @@ def map_figure(words: list[str], places: np.ndarray, widest: float = _WIDEST_MAP
     axes.scatter(places[:, 0], places[:, 1], s=5, color=COLOURS[0])
     figure.draw_without_rendering()
     dots = axes.transData.transform(places)
-    labels = [axes.annotate(shown(word), place, fontsize=_MAP_FONT) for word, place in zip(words, places, strict=True)]
+    labels = [
+        axes.annotate(shown(word), place, fontsize=_MAP_FONT, parse_math=False)  # a $ is a $
+        for word, place in zip(words, places, strict=True)
+    ]
     renderer = canvas.get_renderer()
     extents = [label.get_window_extent(renderer) for label in labels]
     sizes = np.array([(extent.width, extent.height) for extent in extents])

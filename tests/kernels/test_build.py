@@ -66,9 +66,15 @@ def test_each_processor_may_use_what_it_can(
     assert build.levels() == expected.split()
 
 
-def test_levels_and_versions_do_not_share_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_levels_and_versions_do_not_share_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = {build.library_path(name) for name in build.LEVELS}
     assert len(paths) == len(build.LEVELS)
+    (tmp_path / "gemm.h~").touch()  # an editor's
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    for source in build.SOURCES.iterdir():
+        shutil.copy(source, tmp_path)
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
+    assert {build.library_path(name) for name in build.LEVELS} == paths
     monkeypatch.setattr("torch.__version__", "1.0")
     assert not {build.library_path(name) for name in build.LEVELS} & paths
 

@@ -16,11 +16,11 @@ from torch.overrides import TorchFunctionMode
 from unrolled.kernels import build, ops, step, update
 from unrolled.nn.cells import CELLS, Cell, State
 from unrolled.nn.dropout import Dropout, dropout_plain
-from unrolled.nn.loss import token_nll, token_nll_plain
+from unrolled.nn.loss import decoder_loss, token_nll, token_nll_plain
 from unrolled.nn.model import LanguageModel
 from unrolled.nn.rounding import rounded
 from unrolled.nn.stream import Stream
-from unrolled.nn.unroll import unroll_native, unroll_plain
+from unrolled.nn.unroll import unroll, unroll_native, unroll_plain
 from unrolled.training.optim import clip_and_step
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="the kernels are not built: unrolled kernels build")
@@ -581,6 +581,16 @@ def test_layer_and_loss_agree_with_their_twins_in_the_sizes_of_the_recipes(narro
     assert_near(results[0], results[1], narrow)
 
 
+@pytest.mark.parametrize("vocabulary", [20, 300])
+def test_targets_that_are_no_ids_or_not_in_place_are_refused(vocabulary: int) -> None:
+    hidden, decoder = torch.randn(2, 3, 5), nn.Linear(5, vocabulary)
+    with pytest.raises(ValueError, match="a kernel expects ids"):
+        token_nll(hidden, decoder, torch.full((2, 3), 1.7))
+    for loss in (token_nll, decoder_loss):
+        with pytest.raises(ValueError, match=r"targets of shape \(3, 2\)"):
+            loss(hidden, decoder, torch.zeros(3, 2, dtype=torch.int64))
+
+
 def test_what_a_caller_gets_wrong_is_an_error_and_no_crash() -> None:
     model = LanguageModel(300, 0, [20])
     ids = torch.zeros(3, 2, dtype=torch.int64)
@@ -678,8 +688,9 @@ def test_a_step_of_another_model_or_of_more_layers_than_it_can_is_no_step() -> N
     packed = step.pack([layer], torch.randn(300, 5), torch.randn(300, 7), torch.randn(300), narrow=False)
     with pytest.raises(ValueError, match="the state is not that of so many streams of this model"):
         torch.ops.unrolled.step(packed, torch.tensor([1]), torch.zeros(7), 30)
-    with pytest.raises(ValueError, match="up to 64 layers"):
-        step.pack([layer] * 65, None, torch.randn(300, 7), torch.randn(300), narrow=False)
+    for count in (0, 65):
+        with pytest.raises(ValueError, match="up to 64 layers"):
+            step.pack([layer] * count, None, torch.randn(300, 7), torch.randn(300), narrow=False)
     model = LanguageModel(10, 0, [3] * 65).eval()
     stream, plain = (Stream(model, model.initial_state(1)) for _ in range(2))
     assert torch.equal(stream.read(torch.tensor([1])), plain._read_plain(torch.tensor([1])))
@@ -692,6 +703,74 @@ def test_what_is_not_a_number_in_the_decoder_stays_so() -> None:
     for workers in (1, 2):
         with threads(workers):
             assert Stream(model, model.initial_state(1)).read(torch.tensor([1])).isnan().all()
+
+
+def test_weights_that_do_not_belong_together_are_not_packed() -> None:
+    layer = ops.Layer("tanh", (torch.randn(7, 5), torch.randn(7, 7), torch.randn(7)))
+    embedding, weight, bias = torch.randn(300, 5), torch.randn(300, 7), torch.randn(300)
+    step.pack([layer], embedding, weight, bias, narrow=False)
+    for wrong in (
+        ([layer], embedding, weight.bfloat16(), bias),
+        ([layer], embedding, weight, bias.double()),
+        ([layer], embedding[:299], weight, bias),
+        ([layer], embedding[:, :4], weight, bias),
+        ([layer], None, weight, bias),
+        ([layer], embedding, weight[:, :6], bias),
+        ([layer, layer], embedding, weight, bias),
+        ([ops.Layer("lstm", layer.weights)], embedding, weight, bias),
+    ):
+        with pytest.raises(ValueError, match=r"a kernel expects|the decoder reads"):
+            step.pack(*wrong, narrow=False)
+
+
+def test_what_pytorch_makes_unless_told_otherwise_has_no_say() -> None:
+    model = LanguageModel(50, 4, [5]).eval()
+    expected = Stream(model, model.initial_state(1)).likeliest(torch.tensor([1]), 5)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = Stream(model, model.initial_state(1)).likeliest(torch.tensor([1]), 5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_a_word_that_cannot_be_leaves_the_others_as_they_are() -> None:
+    model = LanguageModel(17, 4, [5]).eval()
+    with torch.no_grad():
+        model.get_parameter("decoder.bias")[16] = -torch.inf  # all that the second of two threads has
+    for workers in (1, 2):
+        with threads(workers):
+            stream, plain = (Stream(model, model.initial_state(1)) for _ in range(2))
+            expected = plain._read_plain(torch.tensor([1]))
+            torch.testing.assert_close(stream.read(torch.tensor([1])), expected)
+            assert expected[0, 16] == -torch.inf
+
+
+def test_cells_and_inputs_that_pytorch_has_changed_are_taken() -> None:
+    cell, state = CELLS["lstm"](4, 5), (torch.zeros(2, 5), torch.zeros(2, 5))
+    inputs = torch.randn(3, 2, 4)
+    expected, _ = unroll(cell, inputs, state)
+    assert torch.equal(unroll(cell, inputs.double(), state)[0], expected)
+    nn.utils.parametrizations.weight_norm(cell, "weight_hh")
+    torch.testing.assert_close(unroll(cell, inputs, state)[0], expected)
+
+
+def test_an_update_of_what_the_kernels_do_not_take_is_pytorchs() -> None:
+    for other in (torch.ones(3, dtype=torch.float64), torch.ones(2, 3).T):
+        parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(other)]
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        clip_and_step(torch.optim.SGD(parameters, lr=0.5), 100.0)
+        assert all((parameter == 0.5).all() for parameter in parameters)
+
+
+def test_a_rectified_unit_that_is_not_a_number_passes_its_gradient_on() -> None:
+    cell = CELLS["elman"](1, 1, activation="relu")
+    found = []
+    for way in (unroll_native, unroll_plain):
+        outputs, _ = way(cell, torch.full((1, 1, 1), math.nan), cell.initial_state(1))
+        found.append(torch.autograd.grad(outputs.sum(), cell.bias_ih)[0])
+    assert torch.equal(*found)
 
 
 def test_a_state_that_was_taken_stays_as_it_was() -> None:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from unrolled.serving.engine import _read, _Texts
 from unrolled.serving.limits import Limits
 from unrolled.serving.schema import GenerateRequest, PredictRequest, ScoreRequest
 from unrolled.serving.service import Service
+from unrolled.serving.writing import Writing
 
 TEXTS = ["the dog walks", "", "the dog sees a zebra", "a\nb\nthe dog", "  spaced   out  ", "the " * 300]
 
@@ -232,6 +234,52 @@ def test_a_request_of_no_texts_is_answered_beside_others(toy_run: unrolled.Run) 
     assert [len(job.future.result(0)) for job in jobs] == [0, 1, 0]
 
 
+def test_of_a_text_that_nothing_follows_no_state_is_kept(toy_run: unrolled.Run) -> None:
+    job = _Texts(toy_run, [Unread(np.arange(3), np.arange(3)), Unread(np.arange(3), NOTHING, follows=True)], None)
+    assert list(_read([job]))
+    scored, followed = job.future.result(0)
+    assert (scored.states, scored.log_probs) == ((), None)
+    assert [len(state) for state in followed.states] == [2, 2]
+
+
+def test_a_text_that_cannot_be_drawn_ends_no_other(toy_run: unrolled.Run) -> None:
+    async def write() -> list[int | BaseException]:
+        service = Service({"toy": toy_run}, Limits())
+        good, bad = [await service.generate(GenerateRequest(length=20, seed=1)) for _ in range(2)]
+        bad._log_probs = torch.full((1, len(toy_run.tokenizer)), torch.nan)
+
+        async def all_of(writing: Writing) -> int:
+            return len([piece async for piece in writing])
+
+        counts = await asyncio.gather(all_of(good), all_of(bad), return_exceptions=True)
+        service.close()
+        return counts
+
+    count, error = asyncio.run(write())
+    assert count == 20
+    assert isinstance(error, RuntimeError)
+
+
+def test_who_encodes_a_long_text_stops_nobody_else(toy_run: unrolled.Run) -> None:
+    async def ask() -> list[str]:
+        service, done = Service({"toy": toy_run}, Limits()), list[str]()
+
+        async def predict() -> None:
+            await service.predict(PredictRequest(prefixes="the"))
+            done.append("predicted")
+
+        with toy_run.tokenizer._encoding:  # as a thread has it that encodes megabytes
+            waiting = asyncio.ensure_future(predict())
+            for _ in range(3):
+                await asyncio.to_thread(service.models)
+            done.append("others")
+        await waiting
+        service.close()
+        return done
+
+    assert asyncio.run(ask()) == ["others", "predicted"]
+
+
 def test_many_predictions_are_made_a_portion_at_a_time(
     client: TestClient, toy_run: unrolled.Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,6 +388,18 @@ def test_a_stop_that_may_have_begun_holds_text_back_but_no_token(client: TestCli
     assert held == plain
 
 
+def test_parts_of_characters_are_named_by_their_bytes(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "text").write_text("съешь ещё этих мягких булок\n" * 200)
+    small = {"data.tokens": "byte", "training.max_epochs": 1, "model.embedding_size": 8, "model.hidden_sizes": "8"}
+    run = unrolled.train("demo", data=str(tmp_path / "text"), out=tmp_path / "run", changes=small)
+    with served(run) as client:
+        request = {"model": "toy", "prompt": "с", "max_tokens": 4, "logprobs": 20}
+        found = client.post("/v1/completions", json=request).json()["choices"][0]["logprobs"]["top_logprobs"]
+    assert [len(top) for top in found] == [20] * 4
+    assert "bytes:\\xd0" in found[0]
+    assert not any("\ufffd" in name for top in found for name in top)
+
+
 def test_detokenized_streams_are_the_detokenized_text(client: TestClient, toy_run: unrolled.Run) -> None:
     request = {"prompt": "the", "seed": 5, "length": 40, "stream": True, "detokenize": True}
     *pieces, (_, last) = events(client.post("/generate", json=request).text)
@@ -423,6 +483,7 @@ def test_a_request_that_takes_too_long_is_given_up(toy_run: unrolled.Run) -> Non
         response = client.post("/generate", json={"length": 100_000})
         assert response.status_code == 408
         assert "not done within 0.05 s" in response.json()["error"]["message"]
+        assert response.headers["x-should-retry"] == "false"
         streamed = events(client.post("/generate", json={"length": 100_000, "stream": True}).text)
         assert streamed[-1][0] == "error"
         assert "not done within 0.05 s" in streamed[-1][1]

@@ -119,6 +119,8 @@ def test_a_text_is_written_as_it_is_drawn_and_can_be_stopped(page: Page, toy_run
     assert page.locator(OUT).inner_text() == "the dog" + written
     page.get_by_role("button", name="Take as your text").click()
     expect(page.locator("#text")).to_have_value("the dog" + written)
+    page.get_by_role("button", name="Take as your text").click()
+    expect(page.locator("#text")).to_have_value("the dog" + written)
     page.locator("#length").evaluate("element => { element.max = 100000 }")  # 5,000 may be there before the click
     page.locator("#length").fill("100000")
     page.locator("#go").click()
@@ -126,6 +128,19 @@ def test_a_text_is_written_as_it_is_drawn_and_can_be_stopped(page: Page, toy_run
     page.locator("#stop").click()
     expect(page.locator("#texts .sum")).to_have_text("stopped")
     expect(page.locator("#stop")).to_be_disabled()
+
+
+def test_what_characters_are_written_is_shown_to_the_last_space(page: Page, character_run: unrolled.Run) -> None:
+    options = {"length": 60, "temperature": 2.0}
+    seed = next(n for n in range(99) if re.search(r"\s ", "the " + character_run.generate("the ", seed=n, **options)))
+    page.locator("#model").select_option("characters")
+    page.locator("#text").fill("the ")
+    for field, value in {"seed": seed, **options}.items():
+        page.locator(f"#{field}").fill(str(value))
+    page.locator("#go").click()
+    expect(page.locator("#texts .sum")).to_have_text(f"60 tokens, seed {seed}")
+    page.get_by_role("button", name="Take as your text").click()
+    expect(page.locator("#text")).to_have_value("the " + character_run.generate("the ", seed=seed, **options))
 
 
 def test_two_models_are_compared(page: Page) -> None:

@@ -70,6 +70,40 @@ def test_characters_complete_too(api: openai.OpenAI, character_run: unrolled.Run
     assert found.choices[0].logprobs.tokens == list(found.choices[0].text)
 
 
+def test_what_openais_client_may_leave_open_is_taken(api: openai.OpenAI, toy_run: unrolled.Run) -> None:
+    found = api.completions.create(model="toy", prompt=None, max_tokens=12, top_p=0, seed=1)
+    assert found.choices[0].text == toy_run.generate(length=12, temperature=0)
+
+
+def test_a_drawn_token_is_named_as_it_stands_there(api: openai.OpenAI) -> None:
+    for prompt in ("the dog", "the dog\n", "the dog\n  ", "  ", ""):
+        found = api.completions.create(model="toy", prompt=prompt, max_tokens=9, top_p=0, logprobs=2)
+        logprobs = found.choices[0].logprobs
+        assert logprobs is not None
+        assert logprobs.tokens is not None
+        assert logprobs.top_logprobs is not None
+        assert all(token in top for token, top in zip(logprobs.tokens, logprobs.top_logprobs, strict=True))
+
+
+def test_who_does_not_take_a_large_answer_loses_it(toy_run: unrolled.Run) -> None:
+    body = json.dumps({"texts": "the dog " * 50_000, "per_token": True}).encode()
+    fields = ("POST /score HTTP/1.1", "Host: localhost", "Content-Type: application/json", f"Content-Length: {len(body)}")
+    head = "\r\n".join((*fields, "", ""))
+    with server(toy_run.path, "--most-seconds", 6) as (_, address), socket.socket() as connection:
+        answer = httpx2.post(f"{address}/score", content=body, headers={"Content-Type": "application/json"})
+        assert len(answer.json()["scores"][0]["per_token"]) == 100_001
+        assert len(answer.content) == int(answer.headers["Content-Length"])
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
+        connection.connect(("127.0.0.1", int(address.rsplit(":", 1)[1])))
+        connection.sendall(head.encode() + body)
+        counted = (httpx2.get(f"{address}/metrics").text for _ in range(20_000))
+        assert any('unrolled_request_seconds_count{path="/score"} 2.0' in text for text in counted)
+        taken = 0
+        while part := connection.recv(1 << 16):
+            taken += len(part)
+    assert taken < len(answer.content)
+
+
 def test_it_ends_when_it_is_told_to_and_what_is_under_way_ends_first(toy_run: unrolled.Run) -> None:
     request = {"length": 400, "stream": True}
     with server(toy_run.path) as (process, address):

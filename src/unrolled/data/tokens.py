@@ -89,6 +89,11 @@ class Tokenizer:
     def __len__(self) -> int:
         return len(self.vocabulary)
 
+    @property
+    def busy(self) -> bool:
+        """Whether another thread encodes now, for which `encode` would wait."""
+        return self._encoding.locked()
+
     def encode(self, text: str) -> np.ndarray:
         """The ids (N,) of a text, in the smallest integer type.
 
@@ -133,7 +138,11 @@ class Tokenizer:
         """The text of one token: a word, a character, or the bytes of a piece (which may not be whole characters)."""
         if self.unit in ("word", "character"):
             return self.vocabulary[id]
-        return self._bytes(id).decode(errors="replace")
+        return self.bytes(id).decode(errors="replace")
+
+    def bytes(self, id: int) -> bytes:
+        """The bytes of one token of bytes or BPE."""
+        return bytes(BYTE_OF[character] for character in self.vocabulary[id])
 
     def id_of(self, word: str) -> int:
         """The id of a word that is one token.
@@ -152,9 +161,6 @@ class Tokenizer:
             raise UnrolledError(f"{word!r} is not one token but {len(encodings[0])}: {pieces}")
         return int(found[0][0])
 
-    def _bytes(self, id: int) -> bytes:
-        return bytes(BYTE_OF[character] for character in self.vocabulary[id])
-
     def decoder(self) -> Callable[[int], str]:
         """A function from the next id to the text that it adds; `decode` and streaming are the same.
 
@@ -165,7 +171,7 @@ class Tokenizer:
         if self.unit == "character":
             return self.vocabulary.__getitem__
         utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        return lambda id: utf8.decode(self._bytes(id))
+        return lambda id: utf8.decode(self.bytes(id))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids."""
@@ -183,7 +189,7 @@ class Tokenizer:
         elif self.unit == "character":
             return int(counts.sum())
         else:
-            lengths = [sum(byte & 0xC0 != 0x80 for byte in self._bytes(id)) for id in range(len(self))]
+            lengths = [sum(byte & 0xC0 != 0x80 for byte in self.bytes(id)) for id in range(len(self))]
         return int(counts @ np.array(lengths, dtype=np.int64))
 
     def to_json(self) -> str:

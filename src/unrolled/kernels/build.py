@@ -92,7 +92,8 @@ def levels() -> list[str]:
 def library_path(level: str) -> Path:
     """Where the library of a level lies, or would: its name says what it was made from."""
     made_from = hashlib.sha256(torch.__version__.encode())
-    for part in (*sorted(SOURCES.iterdir()), *OPTIONS, *LEVELS[level].options):
+    sources = sorted(path for path in SOURCES.iterdir() if path.suffix in (".h", ".cpp"))
+    for part in (*sources, *OPTIONS, *LEVELS[level].options):
         made_from.update(part.read_bytes() if isinstance(part, Path) else part.encode())
     return cache_folder() / "kernels" / f"{platform.machine()}-{level}-{made_from.hexdigest()[:16]}.so"
 

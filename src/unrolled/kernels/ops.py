@@ -15,7 +15,7 @@ from torch import Tensor
 from unrolled.kernels.build import library
 
 KINDS = {"lstm": 0, "gru": 1, "tanh": 2, "relu": 3}
-_GATES = (4, 3, 1, 1)
+GATES = (4, 3, 1, 1)
 FEW_WORDS = 256
 """Up to so many the decoder's threads share out tokens, not words; source/decoder.cpp has the same number."""
 MOST_KEPT = 1 << 24
@@ -153,14 +153,14 @@ def _recurrent(
     """
     if (c is None) != (kind != KINDS["lstm"]):
         raise ValueError("an LSTM has cells, and nothing else has")
-    inputs = inputs if inputs.is_floating_point() else as_int64(inputs)
-    (batch, size), gates_size = h.shape, _GATES[kind] * h.shape[1]
+    (batch, size), gates_size = h.shape, GATES[kind] * h.shape[1]
     shape = (*inputs.shape[:2], weight_ih.shape[1])[: 3 if inputs.is_floating_point() else 2]
     expect((inputs, shape), ids=not inputs.is_floating_point())
     expect((h, (inputs.shape[1], size)), (c, (batch, size)), (bias, (gates_size,)))
     expect((weight_ih, (gates_size, weight_ih.shape[1])), (weight_hh, (gates_size, size)))
     outputs, c_last, gates, cells = _recurrent_shapes(inputs, h, c, weight_ih, weight_hh, bias, kind, narrow)
     (steps, batch), ids = inputs.shape[:2], not inputs.is_floating_point()
+    inputs = as_int64(inputs) if ids else inputs
     inputs, h, weight_ih, weight_hh, bias = (t.contiguous() for t in (inputs, h, weight_ih, weight_hh, bias))
     call(
         "recurrent_forward", kind, narrow, torch.get_num_threads(), steps, batch, weight_ih.shape[1], h.shape[1],
@@ -219,7 +219,7 @@ def _recurrent_backward(
     of_units = steps, batch, (size + 15) // 16
     expect((inputs, (steps, batch) if ids else (steps, batch, wide)), ids=ids)
     expect((d_outputs, (steps, batch, size)), (outputs, (steps, batch, size)), (h, (batch, size)), (c, (batch, size)))
-    expect((weight_ih, (_GATES[kind] * size, wide)), (weight_hh, (_GATES[kind] * size, size)))
+    expect((weight_ih, (GATES[kind] * size, wide)), (weight_hh, (GATES[kind] * size, size)))
     expect((d_c_last, (batch, size)), (gates, _shape_of_gates(kind, *of_units)))
     expect((cells, (0,) if c is None else (*of_units, 16)))
     inputs = as_int64(inputs) if ids else inputs
@@ -308,9 +308,10 @@ def _decoder_nll(
     Returns:
         nll (N,) in nats; and for the backward pass shift (N,), sums (N,), exponentials (V, N) padded, or empty.
     """
-    (tokens, size), vocabulary, targets = hidden.shape, len(weight), as_int64(targets)
+    (tokens, size), vocabulary = hidden.shape, len(weight)
     expect((hidden, (tokens, size)), (weight, (vocabulary, size)), (bias, (vocabulary,)))
     expect((targets, (tokens,)), ids=True)
+    targets = as_int64(targets)
     result = nll, shift, sums, exponentials = _decoder_shapes(hidden, weight, bias, targets, narrow, keep)
     call(
         "decoder_forward", narrow, torch.get_num_threads(), tokens, size, vocabulary, hidden.contiguous(),

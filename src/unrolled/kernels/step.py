@@ -8,7 +8,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from unrolled.kernels.ops import KINDS, SLOTS, Layer, call, expect, operators
+from unrolled.kernels.ops import GATES, KINDS, SLOTS, Layer, call, expect, operators
 
 _HEADER, _LAYER = 9, 7
 MOST_LAYERS = 64
@@ -24,9 +24,10 @@ def pack(
     With `remembers` there is room beside them for what the first layer makes of a token, which need not be computed
     again when a single stream comes to it again; the bytes are then those of one reader at a time.
     """
-    if len(layers) > MOST_LAYERS:
-        raise ValueError(f"a packed model has up to {MOST_LAYERS} layers")
-    itemsize, parts, size = 2 if narrow else 4, [], 8 * (_HEADER + _LAYER * MOST_LAYERS)
+    if not 1 <= len(layers) <= MOST_LAYERS:
+        raise ValueError(f"a packed model has 1 up to {MOST_LAYERS} layers")
+    _expect_to_fit(layers, embedding, weight, bias)
+    itemsize, parts, size = 2 if narrow else 4, [], (8 * (_HEADER + _LAYER * MOST_LAYERS) + 63) // 64 * 64
 
     def place(count: int, bytes_each: int) -> int:
         nonlocal size
@@ -48,9 +49,9 @@ def pack(
         places = place(panels.value, itemsize), place(width, 4), place(rows * width, 4)
         header += [kind, one_hot, inputs, hidden, *places]
         parts.append((kind, one_hot, inputs, hidden, layer.weights, places))
-    header[0], packed = size, torch.zeros(size, dtype=torch.uint8)
+    header[0], packed = size, torch.zeros(size, dtype=torch.uint8, device="cpu")
     begin = packed.data_ptr()
-    packed[: 8 * len(header)].view(torch.int64).copy_(torch.tensor(header, dtype=torch.int64))
+    packed[: 8 * len(header)].view(torch.int64).copy_(torch.tensor(header, device="cpu"))
     at_embedding, at_decoder, at_bias = header[4:7]
     if embedding is not None:
         packed[at_embedding:][: 4 * embedding.numel()].view(torch.float32).copy_(embedding.flatten())
@@ -63,9 +64,22 @@ def pack(
     return packed
 
 
+def _expect_to_fit(layers: list[Layer], embedding: Tensor | None, weight: Tensor, bias: Tensor) -> None:
+    below = len(weight) if embedding is None else embedding.shape[1]
+    expect((weight, (len(weight), weight.shape[1])), (bias, (len(weight),)), (embedding, (len(weight), below)))
+    for layer in layers:
+        weight_ih, weight_hh, layer_bias = layer.weights
+        of_gates, hidden = GATES[KINDS[layer.kind]] * weight_hh.shape[1], weight_hh.shape[1]
+        expect((weight_ih, (of_gates, below)), (weight_hh, (of_gates, hidden)), (layer_bias, (of_gates,)))
+        below = hidden
+    if weight.shape[1] != below:
+        raise ValueError(f"the decoder reads {weight.shape[1]} units, not {below}")
+
+
 def _expect_in_place(packed: Tensor, state: Tensor) -> None:
     expect((state, (state.numel(),)))
-    if packed.dtype != torch.uint8 or not packed.is_contiguous() or not state.is_contiguous():
+    of_pack = packed.dtype == torch.uint8 and packed.device.type == "cpu" and packed.is_contiguous()
+    if not of_pack or not state.is_contiguous():
         raise ValueError("a kernel expects the bytes of `pack` and a state that is contiguous")
 
 
@@ -112,7 +126,7 @@ def likeliest(packed: Tensor, id: Tensor, state: Tensor, k: int) -> tuple[Tensor
     """
     expect((id, (1,)), ids=True)
     _expect_in_place(packed, state)
-    log_probs, ids = torch.empty(k), torch.empty(k, dtype=torch.int64)
+    log_probs, ids = state.new_empty(k), state.new_empty(k, dtype=torch.int64)
     id, count = id.long(), torch.get_num_threads()
     call("likeliest_of_model", packed, packed.numel(), count, id, state, state.numel(), k, ids, log_probs)
     return log_probs, ids

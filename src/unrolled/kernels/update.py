@@ -67,7 +67,7 @@ def clip_and_descend(
         expect((ids, (count,)), ids=True)
         expect((rows, (count, width)))
         ids, rows = as_int64(ids).contiguous(), rows.contiguous()
-    dense, norm = [gradient.contiguous() for gradient in gradients], torch.empty((), dtype=torch.float64)
+    dense, norm = [gradient.contiguous() for gradient in gradients], torch.empty((), dtype=torch.float64, device="cpu")
     call(
         "clip_and_descend", torch.get_num_threads(), len(parameters), _pointers(parameters), _pointers(dense),
         _sizes(dense), count, width, height, table, ids, rows, apart, max_norm, rate, norm,
@@ -122,7 +122,7 @@ def clip_and_adapt(
     rates = [rate / (1 - beta1**step) for step in steps]
     scales = [(1 - beta2**step) ** -0.5 for step in steps]
     several = ctypes.c_double * len(parameters)
-    dense, norm = [gradient.contiguous() for gradient in gradients], torch.empty((), dtype=torch.float64)
+    dense, norm = [gradient.contiguous() for gradient in gradients], torch.empty((), dtype=torch.float64, device="cpu")
     call(
         "clip_and_adapt", torch.get_num_threads(), len(parameters), _pointers(parameters), _pointers(dense),
         _pointers(means), _pointers(squares), _sizes(dense), several(*rates), several(*scales), max_norm,

@@ -47,7 +47,11 @@ def decoder_loss(hidden: Tensor, decoder: nn.Module, targets: Tensor) -> tuple[T
 
     Returns:
         As `loss`.
+
+    Raises:
+        ValueError: the targets are not in that shape.
     """
+    _refuse_misplaced(hidden, targets)
     if _has_kernel(decoder):
         return token_nll(hidden, decoder, targets).sum(), targets.numel()
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
@@ -59,6 +63,11 @@ def decoder_loss(hidden: Tensor, decoder: nn.Module, targets: Tensor) -> tuple[T
         for some, following in zip(hidden.tensor_split(parts), targets.tensor_split(parts), strict=True)
     ]
     return torch.stack(sums).sum(), len(targets)
+
+
+def _refuse_misplaced(hidden: Tensor, targets: Tensor) -> None:
+    if hidden.shape[:-1] != targets.shape:
+        raise ValueError(f"targets of shape {tuple(targets.shape)} are not those of {tuple(hidden.shape[:-1])} tokens")
 
 
 def _loss_at_once(hidden: Tensor, decoder: nn.Module, targets: Tensor) -> Tensor:
@@ -97,6 +106,7 @@ def token_nll_plain(hidden: Tensor, decoder: nn.Module, targets: Tensor) -> Tens
 
 def token_nll(hidden: Tensor, decoder: nn.Module, targets: Tensor) -> Tensor:
     """Each target's negative log-likelihood in nats, in the shape of `targets`; the arguments are `decoder_loss`'s."""
+    _refuse_misplaced(hidden, targets)
     if not _has_kernel(decoder):
         if _is_narrow(decoder, hidden):
             nll = _NarrowDecoder.apply(hidden.flatten(0, -2), decoder.weight, decoder.bias, targets.flatten())

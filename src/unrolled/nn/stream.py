@@ -34,7 +34,7 @@ class Stream:
         layers = [layer for cell in model.layers if (layer := kernel_layer(cell))]
         decoder = model.decoder
         if (
-            ops.serves(model.layers[0].weight_hh)
+            all(map(ops.serves, model.parameters()))
             and len(layers) == len(model.layers) <= step.MOST_LAYERS
             and isinstance(decoder, nn.Linear)
             and decoder.bias is not None

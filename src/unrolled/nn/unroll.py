@@ -112,6 +112,7 @@ def unroll_native(cell: Cell, inputs: Tensor, state: State) -> tuple[Tensor, Sta
     if layer is None:
         raise TypeError(f"there is no kernel for {type(cell).__name__}")
     c = state[1] if isinstance(cell, LSTM) else None
+    inputs = inputs.float() if inputs.is_floating_point() else inputs  # autocast may have narrowed them
     outputs, c_last, *_ = ops.recurrent(
         inputs, state[0], c, *layer.weights, ops.KINDS[layer.kind], rounding.is_asked("cpu")
     )
@@ -122,7 +123,7 @@ def kernel_layer(cell: Cell) -> ops.Layer | None:
     """What the kernels take of a cell, or None where they have none for it."""
     if not isinstance(cell, LSTM | GRU | Elman):
         return None
-    kind, bias_hh = type(cell).__name__.lower(), getattr(cell, "bias_hh", None)
+    kind, bias_hh = "lstm" if isinstance(cell, LSTM) else "gru", getattr(cell, "bias_hh", None)
     if isinstance(cell, Elman):
         kind = "relu" if cell.activation is torch.relu else "tanh"
     bias = cell.bias_ih if bias_hh is None else cell.bias_ih + bias_hh

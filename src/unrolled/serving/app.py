@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from importlib import resources
 from typing import Any, Literal
@@ -31,6 +31,10 @@ _PATIENCE_S = 0.5
 """Between looks whether whoever asked is still there."""
 _LARGE = 2_000
 """Figures."""
+_PART = 1 << 16
+"""Bytes of an answer that are sent before somebody has to take them."""
+_NO_RETRY = {"x-should-retry": "false"}
+"""OpenAI's clients would ask twice more for what took too long."""
 _PAGE = resources.files("unrolled.serving") / "page"
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
@@ -79,7 +83,7 @@ def make_app(
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(
-        TimeoutError, lambda request, error: problem(408, f"not done within {limits.seconds:g} s")
+        TimeoutError, lambda request, error: problem(408, f"not done within {limits.seconds:g} s", headers=_NO_RETRY)
     )
     app.add_exception_handler(Exception, lambda request, error: problem(500, "an internal error; the log has it"))
     app.add_middleware(Guard, metrics, token, limits.requests, limits.body_bytes, limits.seconds)
@@ -135,7 +139,7 @@ def _routes(service: Service, metrics: Metrics) -> APIRouter:
             return _streamed(_written(writing), seconds)
         async for _ in writing:
             pass
-        return writing.answer()
+        return await _ready(writing.answer())
 
     @routes.post("/embeddings", responses=missing)
     async def embeddings(request: schema.EmbeddingsRequest) -> schema.EmbeddingsAnswer:
@@ -218,8 +222,17 @@ def _routes(service: Service, metrics: Metrics) -> APIRouter:
 async def _ready(answer: BaseModel, status: int = 200) -> Any:
     """The answer as it is sent; a large one is written out in a thread, for it would stop all others."""
     large = _figures(answer) >= _LARGE
-    content = await asyncio.to_thread(answer.model_dump_json) if large else answer.model_dump_json()
-    return Response(content, status, media_type="application/json")
+    written = await asyncio.to_thread(answer.model_dump_json) if large else answer.model_dump_json()
+    content = written.encode()
+    if len(content) <= _PART:
+        return Response(content, status, media_type="application/json")
+    parts = (content[start : start + _PART] for start in range(0, len(content), _PART))
+    return StreamingResponse(_each(parts), status, {"Content-Length": str(len(content))}, "application/json")
+
+
+async def _each(parts: Iterable[bytes]) -> AsyncIterator[bytes]:
+    for part in parts:
+        yield part
 
 
 def _figures(part: Any) -> int:

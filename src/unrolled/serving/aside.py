@@ -11,9 +11,10 @@ _LARGE = 20_000
 """Characters or figures; what has more is not worked through on the event loop."""
 
 
-async def aside(size: int, function: Callable[..., T], *arguments: Any) -> T:
-    """What a function returns, from a thread of its own where there is much to do."""
-    return function(*arguments) if size < _LARGE else await asyncio.to_thread(function, *arguments)
+async def aside(size: int, function: Callable[..., T], *arguments: Any, waits: bool = False) -> T:
+    """What a function returns, from a thread of its own where there is much to do or it `waits` for who has much."""
+    here = size < _LARGE and not waits
+    return function(*arguments) if here else await asyncio.to_thread(function, *arguments)
 
 
 def in_thread(function: Callable[..., T], *arguments: Any) -> "Future[T]":

@@ -20,6 +20,8 @@ from unrolled.serving.service import Service
 from unrolled.serving.writing import Writing
 
 _MOST_LIKELIEST = 20
+_LEAST_TOP_P = 1e-9
+"""Which leaves the likeliest alone, as 0 does by this protocol."""
 
 
 class CompletionRequest(BaseModel):
@@ -27,11 +29,11 @@ class CompletionRequest(BaseModel):
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
     model: Name = Field(description="A model by name.")
-    prompt: Words | Annotated[list[Words], Field(min_length=1, max_length=1_000, fail_fast=True)] = ""
+    prompt: Words | Annotated[list[Words], Field(min_length=1, max_length=1_000, fail_fast=True)] | None = ""
     max_tokens: int | None = Field(16, ge=0, le=100_000)
     n: int | None = Field(1, ge=1, le=128)
     temperature: float | None = Field(1.0, ge=0, le=2)
-    top_p: float | None = Field(1.0, gt=0, le=1)
+    top_p: float | None = Field(1.0, ge=0, le=1)
     logprobs: int | None = Field(None, ge=0, le=_MOST_LIKELIEST)
     echo: bool | None = False
     stop: Stops | None = None
@@ -104,7 +106,7 @@ class Completing:
     def __init__(self, service: Service, request: CompletionRequest, name: str, run: Run) -> None:
         self.service, self.request, self.run = service, request, run
         self.head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
-        self.prompts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
+        self.prompts = request.prompt if isinstance(request.prompt, list) else [request.prompt or ""]
         self.n, self.length = request.n or 1, 16 if request.max_tokens is None else request.max_tokens
         self.prompt_tokens = self.completion_tokens = 0
         self.begun: list[tuple[Choice, Writing]] = []
@@ -115,7 +117,7 @@ class Completing:
         stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
         sampling = Sampling(
             temperature=1.0 if request.temperature is None else request.temperature,
-            top_p=1.0 if request.top_p is None else request.top_p,
+            top_p=1.0 if request.top_p is None else max(request.top_p, _LEAST_TOP_P),
             unknown=request.unknown,
         )
         seed = new_seed() if request.seed is None else request.seed % (1 << 63)
@@ -133,13 +135,15 @@ class Completing:
                 targets = ids[1:] if request.echo and wants else ids[:0]
                 yield drawing, Unread(ids, targets, top=request.logprobs or 0, follows=True)
 
-        asked = await aside(size, lambda: list(drawings()))
+        asked = await aside(size, lambda: list(drawings()), waits=run.tokenizer.busy)
         if wants:
             shown = sum(self.length + len(text.targets) for _, text in asked)
             self.service.allow(shown * figures, "log-probabilities of an answer")
         reads = await self.service.read(run, [text for _, text in asked])
         heads = await aside(
-            size, lambda: [self._head(prompt, read) for prompt, read in zip(self.prompts, reads, strict=True)]
+            size,
+            lambda: [self._head(prompt, read) for prompt, read in zip(self.prompts, reads, strict=True)],
+            waits=run.tokenizer.busy,
         )
         for prompt, (drawing, text), read, head in zip(self.prompts, asked, reads, heads, strict=True):
             self.prompt_tokens += len(text.ids) - request.begin
@@ -174,10 +178,12 @@ class Completing:
         return {self._text(id, before.endswith("\n")): value for id, value in likeliest}
 
     def _text(self, id: int, at_line_start: bool) -> str:
-        token = self.run.tokenizer.token(id)
-        if self.run.tokenizer.unit != "word":
+        tokenizer, token = self.run.tokenizer, self.run.tokenizer.token(id)
+        if tokenizer.unit == "word":
+            return "\n" if token == "<eos>" else token if at_line_start else f" {token}"
+        if "\ufffd" not in token or tokenizer.unit == "character":
             return token
-        return "\n" if token == "<eos>" else token if at_line_start else f" {token}"
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in tokenizer.bytes(id))  # as OpenAI has parts of characters
 
     async def steps(self) -> AsyncIterator[Choice]:
         """What each token adds to each choice; the last of a choice has its reason to finish."""
@@ -249,7 +255,8 @@ class _Row:
         prompt, drawing = writing.prompt, writing.drawing
         self.index, self.tokens, self.ended = index, 0, False
         self.decode = going_on(writing.run.tokenizer, drawing.prompt_ids)
-        self.text, self.offset = prompt or "\n", len(prompt) if echo else 0
+        at_line_start = drawing.prompt_ids[-1] == writing.run.tokenizer.start_id
+        self.text, self.offset = "\n" if at_line_start else prompt, len(prompt) if echo else 0
 
 
 def _event(completion: Completion) -> str:

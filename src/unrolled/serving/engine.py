@@ -36,8 +36,8 @@ T = TypeVar("T")
 
 
 class Read(NamedTuple):
-    """What reading a text gave: nats (S,) of its targets, the likeliest in their places, log-probabilities (V,) after
-    it, its state (B = 1)."""
+    """What reading a text gave: nats (S,) of its targets, the likeliest in their places; and where what follows was
+    asked for, log-probabilities (V,) after it and its state (B = 1)."""
 
     nats: np.ndarray
     likeliest: Likeliest
@@ -252,8 +252,9 @@ def _read(jobs: list[_Texts]) -> Iterator[None]:
             if going:  # nobody waits for these any more
                 continue
             for row, (job, number) in enumerate(chosen):
-                log_probs = reading.log_probs[row].clone() if texts[row].follows else None
-                states = pick(reading.states, [row])
+                follows = texts[row].follows
+                log_probs = reading.log_probs[row].clone() if follows else None
+                states = pick(reading.states, [row]) if follows else ()
                 found[job][number] = Read(reading.nats[row], reading.likeliest[row], log_probs, states)
             _settle(jobs, found)
         _settle(jobs, found)  # those of no texts
@@ -306,7 +307,12 @@ class _Lane:
             if draw.waits:
                 continue
             if not draw.stopped and not draw.drawing.done:
-                pieces = draw.drawing.draw(draw.log_probs)
+                try:
+                    pieces = draw.drawing.draw(draw.log_probs)
+                except Exception as error:  # its own, and no other's
+                    draw.put(error)
+                    self.draws.remove(draw)
+                    continue
                 shown, drawing = draw.log_probs if draw.wants_log_probs else None, draw.drawing
                 stopped = [writer.done for writer in drawing.writers]
                 draw.given += 1

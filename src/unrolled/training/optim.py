@@ -74,7 +74,7 @@ def clip_and_step(optimizer: torch.optim.Optimizer, max_norm: float, norm_conven
     """
     (group,) = optimizer.param_groups
     parameters = group["params"]
-    serves = ops.serves(parameters[0])
+    serves = all(ops.serves(parameter) and parameter.is_contiguous() for parameter in parameters)
     if serves and _is_plain(optimizer, (torch.optim.SGD, SGD), "momentum", "weight_decay", "maximize"):
         norm = _descend(parameters, group["lr"], max_norm, norm_convention)
     elif serves and _is_plain(optimizer, (torch.optim.AdamW, AdamW), "amsgrad", "maximize"):

@@ -71,7 +71,7 @@ template <bool RECTIFIED> struct Elman {
         return slot[0];
     }
     static INLINE void backward(const Vec* slot, Vec, Vec, Vec, Vec dh, Vec&, Vec* gradient, Vec& direct) {
-        gradient[0] = RECTIFIED ? (slot[0] > Vec{} ? dh : Vec{}) : dh * (1.0f - slot[0] * slot[0]);
+        gradient[0] = RECTIFIED ? (slot[0] <= Vec{} ? Vec{} : dh) : dh * (1.0f - slot[0] * slot[0]);
         direct = Vec{};
     }
 };

@@ -151,9 +151,9 @@ static void step(
                 store(row + v, logit);
                 high = logit > high ? logit : high;
             }
-            const float peak = largest(high);
+            const float peak = largest(high), base = peak == -__builtin_inff() ? 0 : peak;  // of words that cannot be, or none
             Vec total{};
-            for (int64_t v = first; v < words.end * PANEL; v += LANES) total = total + exp(load(row + v) - peak);
+            for (int64_t v = first; v < words.end * PANEL; v += LANES) total = total + exp(load(row + v) - base);
             most[me.thread * batch + b] = peak;
             sums[me.thread * batch + b] = first < last ? sum(total) : 0;
         }

@@ -1,7 +1,7 @@
 // The one page. A text is read once: each model keeps a session, which is sent only what was typed since.
 
 const at = (id) => document.getElementById(id);
-const K = 10, HOTTEST_BITS = 16;
+const K = 10, HOTTEST_BITS = 16, LONGEST_TYPED = 300;
 let models = [], readers = [], token = sessionStorage.getItem("token") || "";
 
 // ------------------------------------------------------------------------------------------------ asking the server
@@ -68,7 +68,8 @@ function draw(name, attributes = {}, ...children) {
 }
 
 const percent = (p) => (p >= 0.0995 ? `${Math.round(100 * p)} %` : p >= 0.00095 ? `${(100 * p).toFixed(1)} %` : "< 0.1 %");
-const visible = (piece) => ({ "\n": "⏎", " ": "␣", "\t": "⇥", "<eos>": "⏎", "": "·" })[piece] ?? piece;
+const SIGNS = new Map([["\n", "⏎"], [" ", "␣"], ["\t", "⇥"], ["<eos>", "⏎"], ["", "·"]]);
+const visible = (piece) => SIGNS.get(piece) ?? piece;
 
 // ------------------------------------------------------------------------------------------------ a model reads the text
 
@@ -93,31 +94,38 @@ class Reader {
     Object.assign(this, { session: "", text: "", tokens: [], words: [], typed: "", of: null });
   }
 
+  // Ends the session.
+  leave() {
+    if (this.session) ask("DELETE", `sessions/${this.session}`).catch(() => {});
+    this.forget();
+  }
+
   // What is read, and what is still being typed.
   split(text) {
     if (this.model.tokens !== "word") return [text, ""];
-    const typed = text.match(/\S*$/)[0];
+    const typed = text.match(/(?:[^\s\x1c-\x1f\x85]|\ufeff)*$/)[0]; // white space is what the server takes for it
     return [text.slice(0, text.length - typed.length), typed];
   }
 
-  async read(text) {
+  async read(text, again = false) {
     const [whole, typed] = this.split(text);
     const grows = this.session && whole.startsWith(this.text) && (this.model.tokens !== "bpe" || whole === this.text);
     if (!grows) {
-      if (this.session) ask("DELETE", `sessions/${this.session}`).catch(() => {});
-      this.forget();
+      this.leave();
       this.keep(await post("sessions", { model: this.model.name, text: whole, k: typed ? 0 : K }), whole);
     }
     if (grows || typed) {
-      const more = { text: whole.slice(this.text.length), k: K, typed };
-      try {
-        this.keep(await post(`sessions/${this.session}`, more), whole);
-      } catch (error) {
-        if (error.status !== 404) throw error;
-        this.forget(); // the session has expired: once more from the beginning
-        return this.read(text);
+      const more = { text: whole.slice(this.text.length), k: K, typed: typed.slice(0, LONGEST_TYPED) };
+      const answer = await post(`sessions/${this.session}`, more).catch((error) => {
+        if (error.status !== 404 || again) throw error;
+      });
+      if (!again && answer?.tokens !== this.tokens.length + answer?.read.length) {
+        this.leave(); // it has expired, or an answer of it was lost: once more from the beginning
+        return this.read(text, true);
       }
+      this.keep(answer, whole);
     }
+    if (!readers.includes(this)) this.leave(); // another model was chosen in the meantime
     this.typed = typed;
     this.of = text; // what the suggestions are for
     this.show();
@@ -126,7 +134,7 @@ class Reader {
   keep(answer, whole) {
     this.session = answer.session;
     this.text = whole;
-    this.tokens.push(...answer.read);
+    for (const one of answer.read) this.tokens.push(one); // they may be more than a call takes arguments
     this.words = answer.words;
   }
 
@@ -202,7 +210,8 @@ class Reader {
           show();
           this.done.textContent = `${data.texts[0].tokens} tokens, seed ${data.seed}`;
         } else {
-          this.continued += /\s$/.test(this.continued) ? data.text.replace(/^ /, "") : data.text;
+          const parted = this.model.tokens === "word" && /\s$/.test(this.continued); // words bring their own space
+          this.continued += parted ? data.text.replace(/^ /, "") : data.text;
           waiting ||= requestAnimationFrame(show); // not at every token: laying out a long text leaves no time for Stop
         }
       }
@@ -258,16 +267,18 @@ function replace(text) {
   while (same < Math.min(old.length, text.length) && old[same] === text[same]) same += 1;
   field.focus();
   field.setSelectionRange(same, old.length);
+  if (text === old) return; // with nothing selected, "delete" takes a character
   document.execCommand(text.length > same ? "insertText" : "delete", false, text.slice(same));
 }
 
 function accept(reader, word) {
   const text = at("text").value;
   if (reader.of !== text) return; // the suggestions are for another text
+  if (word.includes("\ufffd")) return (at("said").textContent = "that is a part of a character");
   at("said").textContent = `took ${visible(word)}`;
   if (reader.model.tokens !== "word") return replace(text + word);
   const [whole] = reader.split(text);
-  replace(word === "<eos>" ? `${whole.trimEnd()}\n` : `${whole}${word} `);
+  replace(word === "<eos>" ? `${whole.replace(/[^\S\n]+$/, "")}\n` : `${whole}${word} `);
 }
 
 at("text").addEventListener("input", () => {
@@ -320,10 +331,10 @@ const SIZE = { width: 1000, height: 640, edge: 30 };
 
 async function showMap() {
   if (!at("map").open) return;
-  const name = at("model").value;
+  const name = at("model").value, count = at("count").value;
   at("near").textContent = "…";
-  const { tokens, places } = await get(`models/${encodeURIComponent(name)}/map?words=${at("count").value}`);
-  if (name !== at("model").value) return;
+  const { tokens, places } = await get(`models/${encodeURIComponent(name)}/map?words=${count}`);
+  if (name !== at("model").value || count !== at("count").value) return;
   at("near").textContent = readers.length > 1 ? `of ${name}` : "";
   const [xs, ys] = [0, 1].map((axis) => places.map((place) => place[axis]));
   const scaled = (values, length) => {
@@ -422,7 +433,7 @@ function choose() {
   for (const option of at("other").options) option.disabled = option.value === at("model").value && option.value !== "";
   if (at("other").selectedOptions[0]?.disabled) at("other").value = "";
   const names = [at("model").value, at("other").value].filter((name, place, all) => name && all.indexOf(name) === place);
-  readers.forEach((reader) => reader.session && ask("DELETE", `sessions/${reader.session}`).catch(() => {}));
+  readers.forEach((reader) => reader.leave());
   readers = [];
   for (const name of names) readers.push(new Reader(models.find((model) => model.name === name)));
   showNumbers();

@@ -181,6 +181,21 @@ def test_words_are_completed_and_several_are_predicted(command: Command, toy_run
     assert "exclude each other" in mistake(command, "predict", toy_run.path, "the d", "--complete", "--words", 3)
 
 
+def test_a_prefix_that_begins_with_a_hyphen_goes_where_it_is_told_to(command: Command, toy_run: Run) -> None:
+    for prefix in ("- the", "-known as", "--the dog"):
+        assert "begins with a hyphen goes after --\n" in mistake(command, "predict", toy_run.path, prefix)
+        status, out, _ = command("predict", toy_run.path, "-k", 3, "--", prefix)
+        assert (status, len(out.splitlines())) == (0, 3)
+
+
+def test_what_is_printed_in_json_is_json_whatever_the_terminal_shows(toy_run: Run) -> None:
+    for encoding in ("ascii", "latin-1", "utf-8"):
+        command = [sys.executable, "-m", "unrolled", "predict", toy_run.path, "naïve 🙂", "--json"]
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
+        found = subprocess.run(command, env=environment, capture_output=True, check=True)
+        assert json.loads(found.stdout)["prefix"] == "naïve 🙂"
+
+
 def test_several_texts_are_written(command: Command, toy_run: Run) -> None:
     options = ("--prompt", "the dog", "--seed", 3, "--samples", 3, "--ban", "walks", "--ban", "walk", "--stop", "\n")
     answers = command.json("generate", toy_run.path, *options, "--detokenize")
@@ -198,6 +213,7 @@ def test_inspect_lists_parameters_by_name_and_shape(command: Command, toy_run: R
     (answer,) = command.json("inspect", toy_run.path)
     assert answer["parameters"]["layers.0.weight_ih"] == [256, 32]
     assert len(answer["vocabulary"]) == answer["vocab_size"]
+    assert answer["recipe"] == toy_run.recipe.model_dump(mode="json")
     _, out, _ = command("inspect", toy_run.path)
     assert "256 × 32" in out
     assert f"{toy_run.model.num_parameters():,}" in out
@@ -379,8 +395,17 @@ def test_a_text_in_the_place_of_the_recipe_is_answered_with_the_option(command: 
 
 def test_an_empty_name_or_an_encoding_of_nothing_is_no_evaluation(command: Command, toy_run: Run) -> None:
     assert "the name of the corpus is empty" in mistake(command, "evaluate", toy_run.path, "--data", "")
+    assert "the name of the corpus is empty" in mistake(command, "train", "--data", "", "--out", toy_run.path / "new")
     assert "pass it with --data" in mistake(command, "evaluate", toy_run.path, "--encoding", "utf-16")
     assert "1.5" in mistake(command, "predict", toy_run.path, "the", "-k", "1.5")
+
+
+def test_a_text_too_short_for_the_paper_protocol_is_answered_with_the_other(
+    command: Command, toy_run: Run, write: Write
+) -> None:
+    error = mistake(command, "evaluate", toy_run.path, "--data", write("few.txt", "the dog"), "--protocol", "paper")
+    assert "few.txt holds 3 tokens" in error
+    assert "exact takes any text" in error
 
 
 def test_a_resume_that_asks_for_something_else_says_what(command: Command, toy_run: Run, tmp_path: Path) -> None:
@@ -489,6 +514,14 @@ def test_the_best_hypothesis_of_each_utterance(command: Command, toy_run: Run, w
     assert (status, err) == (0, f"unrolled: {wrong}\nunrolled: 1 of 4 lines could not be scored\n")
     answers = command.json("score", toy_run.path, path, "--nbest", "all", "--weight", 0)
     assert [(answer["id"], answer["total"]) for answer in answers] == [("u1", -10), ("u1", -10.5), ("u2", -5)]
+    options = "--weight", 2, "--other-weight", 0.5, "--token-bonus", 3, "--base", 10
+    for answer in command.json("score", toy_run.path, path, "--nbest", "all", *options):
+        total = 0.5 * answer["score"] + 2 * answer["log_prob"] + 3 * answer["tokens"]
+        assert answer["total"] == pytest.approx(total)
+    for option in ("--weight", "--other-weight", "--token-bonus"):
+        assert "finite" in mistake(command, "score", toy_run.path, path, "--nbest", "best", option, "nan")
+    _, out, _ = command("score", toy_run.path, path, "--nbest", "best", "--per-token")
+    assert len(out.splitlines()) == 2 + 5 + 3
     assert "goes with neither" in mistake(command, "score", toy_run.path, path, "--nbest", "best", "--carry")
 
 

@@ -128,7 +128,7 @@ def test_values_that_contradict_each_other_are_refused() -> None:
         ("[trainig]\n", "mine.toml: trainig: there is no such field"),
         ("training = 3", "mine.toml: training must be a table"),
         ("this is not toml", "mine.toml is not a recipe in TOML"),
-        (b"\xff\xfe", "mine.toml is not a recipe in TOML"),
+        (b"\xff\xfe", "mine.toml is not a recipe in TOML: it is in UTF-16; save it as UTF-8"),
         ("name = '../up'", "mine.toml: name"),
     ],
 )
@@ -143,6 +143,11 @@ def test_a_recipe_may_leave_out_what_has_a_default(write: Write) -> None:
     recipe = load_recipe(write("my own.toml", "[training]\nmax_epochs = 3"))
     assert recipe.training.max_epochs == 3
     assert recipe.name == "my-own"
+
+
+def test_a_byte_order_mark_is_no_part_of_a_recipe(write: Write) -> None:
+    recipe = load_recipe(write("mine.toml", b"\xef\xbb\xbf[training]\nmax_epochs = 3"))
+    assert recipe.training.max_epochs == 3
 
 
 def test_an_unknown_recipe_gets_the_nearest() -> None:

@@ -137,6 +137,7 @@ class ScorePrinter:
             print_json({"id": id, "total": total, "score": other, "text": result.text} | self._answer(result))
         else:
             print(f"{id}\t{total:.4f}\t{result.text}", flush=True)
+            self._tokens(result)
 
     def anomaly(self, id: Any, result: "Score", words: list[tuple[str, float]]) -> None:
         """An odd line with its oddest tokens."""
@@ -150,6 +151,7 @@ class ScorePrinter:
         bits = -result.log_prob / result.tokens / math.log(2)
         place = f"id {id}" if self.ids else f"line {id}"
         print(f"{bits:8.2f} bits a token  {place}: {result.text}\n{'':10}oddest: {named}", flush=True)
+        self._tokens(result)
 
     def _answer(self, result: "Score") -> dict[str, Any]:
         answer: dict[str, Any] = {
@@ -166,13 +168,15 @@ class ScorePrinter:
         return answer
 
     def _score(self, result: "Score", text: str) -> None:
-        from unrolled.data.tokens import shown
-
         worth = "" if result.perplexity is None else f"{result.perplexity:.2f}"
         self._row(f"{result.log_prob / self.nats:.4f}", str(result.tokens), str(result.unknown), worth, text)
-        if self.per_token:
-            for token, value in result.per_token:
-                print(f"{value / self.nats:12.4f} {-value / math.log(2):8.2f} bits   {shown(token)}")
+        self._tokens(result)
+
+    def _tokens(self, result: "Score") -> None:
+        from unrolled.data.tokens import shown
+
+        for token, value in result.per_token if self.per_token else ():
+            print(f"{value / self.nats:12.4f} {-value / math.log(2):8.2f} bits   {shown(token)}")
 
     def _row(self, log_prob: str, tokens: str, unknown: str, perplexity: str, text: str) -> None:
         if not self.headed:
@@ -202,7 +206,10 @@ def print_json(answer: dict[str, Any]) -> None:
     """One object as one line; what is not finite is null."""
     from unrolled.metrics import finite
 
-    print(json.dumps(finite(answer), ensure_ascii=False, allow_nan=False), flush=True)
+    utf8 = (
+        sys.stdout.encoding.lower().replace("-", "").replace("_", "") == "utf8"
+    )
+    print(json.dumps(finite(answer), ensure_ascii=not utf8, allow_nan=False), flush=True)
 
 
 def notice(text: str) -> None:

@@ -71,7 +71,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         hint = _WHERE_TEXT_GOES.get(next(iter(error.command_chain or ()), ""), "")
         fail("too many arguments: " + " ".join(error.unused_tokens or []) + hint)
     except CycloptsError as error:
-        fail(str(error))
+        asked = sys.argv[1:] if arguments is None else arguments
+        taken_for_option = asked[:1] == ["predict"] and any(text[:1] == "-" and " " in text for text in asked)
+        fail(f"{error}" + "; a text that begins with a hyphen goes after --" * taken_for_option)
     except UnrolledError as error:
         fail(str(error))
     except BrokenPipeError:  # the reader of our output has gone

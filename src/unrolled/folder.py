@@ -74,7 +74,12 @@ def refuse_taken(path: Path) -> None:
         return
     if not path.is_dir():
         raise UnrolledError(f"{path} is a file; choose another --out")
-    names = {file.name for file in path.rglob("*")} - {file.name for file in path.rglob(_UNFINISHED)}
+    names = set[str]()
+    for file in path.rglob("*"):
+        if not file.match(_UNFINISHED):
+            names.add(file.name)
+        if not names <= _BEFORE_TRAINING:  # which is enough to know
+            break
     if names and not ("last" in names <= _BEFORE_TRAINING):
         raise UnrolledError(f"{path} exists already; choose another --out, or go on with it: --resume --out {path}")
 

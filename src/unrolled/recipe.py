@@ -1,5 +1,6 @@
 """What to train: every choice that decides the result, typed, frozen, with its unit and bound. TOML in and out."""
 
+import codecs
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -246,7 +247,10 @@ def load_recipe(name: str | Path) -> Recipe:
         hint = did_you_mean(str(name), shipped_recipes())
         raise UnrolledError(f"no recipe named {str(name)!r}{hint} (unrolled recipes lists them)")
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise ValueError("it is in UTF-16; save it as UTF-8")
+        tables = tomllib.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         hint = "" if path.suffix == ".toml" else f"; to train on that text: --data {path}"
         raise UnrolledError(f"{path} is not a recipe in TOML: {error}{hint}") from error

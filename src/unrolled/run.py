@@ -179,7 +179,13 @@ class Run:
         training = self.recipe.training
         windows = None
         if protocol == "paper" and split != "test":
-            windows = Windows(ids, training.batch_size, training.num_steps)
+            streams, steps = training.batch_size, training.num_steps
+            if len(ids) // streams <= steps:
+                raise UnrolledError(
+                    f"{corpus} holds {len(ids):,} tokens, which are too few for the paper protocol of this model, "
+                    f"{streams} streams in windows of {steps} steps; exact takes any text"
+                )
+            windows = Windows(ids, streams, steps)
         counted = ids[1:] if windows is None else windows.targets.ravel()
         characters = self.tokenizer.characters(counted)
         unknown = 0 if self.tokenizer.unknown_id is None else int((counted == self.tokenizer.unknown_id).sum())

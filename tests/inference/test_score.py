@@ -65,6 +65,22 @@ def test_a_document_is_scored_as_evaluate_does(toy_run: Run) -> None:
     assert -sum(score.log_prob for score in scores) == pytest.approx(expected["nll_nats"], rel=1e-6)
 
 
+@pytest.mark.parametrize("end", [True, False])
+def test_a_line_with_its_end_has_no_second_one(toy_run: Run, end: bool) -> None:
+    lines = toy_text("test").splitlines(keepends=True)[:9]
+    one, other = toy_run.scorer(begin=False, end=end), toy_run.scorer(begin=False)
+    for line in lines:
+        assert one.score_next(line).per_token == other.score_next(line.removesuffix("\n")).per_token
+
+
+@pytest.mark.parametrize("line_end", ["\r\n", "\r"])
+def test_lines_end_as_in_the_text_that_a_model_was_trained_on(toy_run: Run, character_run: Run, line_end: str) -> None:
+    for run, word, unknown in ((toy_run, "zoo", "spell"), (character_run, "cat", "count")):
+        expected = run.score(f"the dog\nthe {word}\n", unknown=unknown)
+        found = run.score(f"the dog{line_end}the {word}{line_end}", unknown=unknown)
+        assert found.per_token == expected.per_token
+
+
 def test_a_line_that_cannot_be_scored_leaves_the_document_as_it_was(character_run: Run) -> None:
     one, other = character_run.scorer(), character_run.scorer()
     one.score_next("the dog")

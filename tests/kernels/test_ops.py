@@ -765,7 +765,7 @@ def test_an_update_of_what_the_kernels_do_not_take_is_pytorchs() -> None:
 
 
 def test_a_rectified_unit_that_is_not_a_number_passes_its_gradient_on() -> None:
-    cell = CELLS["elman"](1, 1, activation="relu")
+    cell = cell_of(("elman", {"activation": "relu"}), 1, 1)
     found = []
     for way in (unroll_native, unroll_plain):
         outputs, _ = way(cell, torch.full((1, 1, 1), math.nan), cell.initial_state(1))

@@ -243,7 +243,7 @@ def test_of_a_text_that_nothing_follows_no_state_is_kept(toy_run: unrolled.Run) 
 
 
 def test_a_text_that_cannot_be_drawn_ends_no_other(toy_run: unrolled.Run) -> None:
-    async def write() -> list[int | BaseException]:
+    async def write() -> tuple[int | BaseException, int | BaseException]:
         service = Service({"toy": toy_run}, Limits())
         good, bad = [await service.generate(GenerateRequest(length=20, seed=1)) for _ in range(2)]
         bad._log_probs = torch.full((1, len(toy_run.tokenizer)), torch.nan)
@@ -391,7 +391,7 @@ def test_a_stop_that_may_have_begun_holds_text_back_but_no_token(client: TestCli
 def test_parts_of_characters_are_named_by_their_bytes(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "text").write_text("съешь ещё этих мягких булок\n" * 200)
     small = {"data.tokens": "byte", "training.max_epochs": 1, "model.embedding_size": 8, "model.hidden_sizes": "8"}
-    run = unrolled.train("demo", data=str(tmp_path / "text"), out=tmp_path / "run", changes=small)
+    run = unrolled.train("demo", data=tmp_path / "text", out=tmp_path / "run", changes=small)
     with served(run) as client:
         request = {"model": "toy", "prompt": "с", "max_tokens": 4, "logprobs": 20}
         found = client.post("/v1/completions", json=request).json()["choices"][0]["logprobs"]["top_logprobs"]

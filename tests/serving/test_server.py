@@ -87,7 +87,12 @@ def test_a_drawn_token_is_named_as_it_stands_there(api: openai.OpenAI) -> None:
 
 def test_who_does_not_take_a_large_answer_loses_it(toy_run: unrolled.Run) -> None:
     body = json.dumps({"texts": "the dog " * 50_000, "per_token": True}).encode()
-    fields = ("POST /score HTTP/1.1", "Host: localhost", "Content-Type: application/json", f"Content-Length: {len(body)}")
+    fields = (
+        "POST /score HTTP/1.1",
+        "Host: localhost",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+    )
     head = "\r\n".join((*fields, "", ""))
     with server(toy_run.path, "--most-seconds", 6) as (_, address), socket.socket() as connection:
         answer = httpx2.post(f"{address}/score", content=body, headers={"Content-Type": "application/json"})

@@ -101,6 +101,28 @@ def test_a_signal_saves_and_stops_within_a_step(tmp_path: Path, number: signal.S
     assert (run.manifest["status"], run.manifest["steps"]) == ("stopped", 30)
 
 
+def test_a_training_stopped_twice_in_its_first_epoch_has_the_weights_of_the_second_stop(tmp_path: Path) -> None:
+    for stop in (10, 20):
+
+        def progress(event: dict[str, Any], stop: int = stop) -> None:
+            if event.get("step") == stop:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        resume = stop > 10
+        run = unrolled.train(
+            None if resume else "demo",
+            data=None if resume else "toy",
+            out=tmp_path / "run",
+            resume=resume,
+            changes={} if resume else SMALL,
+            progress=progress,
+        )
+        assert run.manifest["steps"] == stop
+        point = read_tensors(tmp_path / "run/last/resume.safetensors")[0]
+        for name, tensor in weights(run.path).items():
+            assert torch.equal(tensor, point[f"model.{name}"])
+
+
 def test_a_second_interrupt_stops_at_once(tmp_path: Path) -> None:
     def progress(event: dict[str, Any]) -> None:
         if event.get("step") == 30:

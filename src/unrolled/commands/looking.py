@@ -22,7 +22,7 @@ def inspect(run: RunFolder, /, *, json: Json = False) -> None:
         recipe = opened.recipe.model_dump(mode="json")
         vocabulary = opened.tokenizer.vocabulary
         print_json(
-            {"run": str(run), "parameters": parameters, "vocabulary": vocabulary, "recipe": recipe} | opened.manifest
+            opened.manifest | {"run": str(run), "parameters": parameters, "vocabulary": vocabulary, "recipe": recipe}
         )
         return
     manifest = opened.manifest

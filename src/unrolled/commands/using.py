@@ -57,7 +57,7 @@ def score(
     score_field
         What a score elsewhere is called there, for --nbest.
     base
-        Of the logarithms.
+        Of the logarithms, that of --nbest too.
     begin
         The first token follows the end of a line; --no-begin: nothing, and is only read.
     end
@@ -86,6 +86,9 @@ def score(
 
     if nbest and (anomalies or carry):
         raise UnrolledError("--nbest goes with neither --anomalies nor --carry")
+    for name, value in {"weight": weight, "other-weight": other_weight, "token-bonus": token_bonus}.items():
+        if not math.isfinite(value):
+            raise UnrolledError(f"--{name} must be a finite number, not {value}")
     if anomalies < 0:
         raise UnrolledError(f"--anomalies must be at least 0, not {anomalies}")
     read = nbest_item if nbest else plain_item
@@ -98,7 +101,7 @@ def score(
     if nbest:
         found = rescore(
             (Hypothesis(item.id, item.other, result) for item, result in scored.scores()),
-            weight,
+            weight / printer.nats,
             other_weight,
             token_bonus,
         )

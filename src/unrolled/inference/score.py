@@ -123,9 +123,10 @@ class Scorer:
             UnrolledError: as `score`; then it is as if there had been no such line.
         """
         encoded, end = self._checked(line), [self.tokenizer.start_id]
-        ids, unread = np.concatenate([self._before, encoded, end]).astype(np.int64), not self._before
+        has_end = _as_trained(line).endswith("\n") and encoded[-1:].tolist() == end  # and so needs no other
+        ids, unread = np.concatenate([self._before, encoded, [] if has_end else end]).astype(np.int64), not self._before
         reading = self._read([ids], self._states)
-        self._states, self._before, kept = reading.states, end, len(ids) - (not self.end)
+        self._states, self._before, kept = reading.states, end, len(ids) - (not self.end and not has_end)
         return self._scored(line, ids[:kept], reading.nats[0][: max(kept - 1, 0)], unread)
 
     def encoded(self, text: str) -> np.ndarray:
@@ -135,7 +136,7 @@ class Scorer:
             UnrolledError: as `score`.
         """
         ids, start = self._checked(text), [self.tokenizer.start_id]
-        before, end = start * self.begin, start * (self.end and not text.endswith("\n"))
+        before, end = start * self.begin, start * (self.end and not _as_trained(text).endswith("\n"))
         return np.concatenate([before, ids, end]).astype(np.int64)
 
     def scored(self, text: str, ids: np.ndarray, nats: np.ndarray) -> Score:
@@ -145,7 +146,7 @@ class Scorer:
     # -------------------------------------------------------------------------------------------- within
 
     def _checked(self, text: str) -> np.ndarray:
-        ids = self.tokenizer.encode(text)
+        ids = self.tokenizer.encode(_as_trained(text))
         if len(ids) > self.most_tokens:
             raise UnrolledError(f"{len(ids):,} tokens are more than {self.most_tokens:,}")
         return ids
@@ -171,7 +172,13 @@ class Scorer:
 
     def _spelled(self, text: str) -> list[str]:
         """Each token as it stands in the text."""
+        text = _as_trained(text)
         if self.tokenizer.unit != "word":
             return list(text)
         lines = text.split("\n")
         return [word for line in lines for word in [*line.split(), "\n"]]
+
+
+def _as_trained(text: str) -> str:
+    """Its lines end as those of the texts that models are trained on."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")

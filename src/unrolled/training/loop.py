@@ -75,7 +75,7 @@ def run_epoch(
 def train(
     recipe: Recipe | str | Path | None = None,
     *,
-    data: str | None = None,
+    data: str | Path | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     changes: dict[str, Any] | None = None,
@@ -97,7 +97,7 @@ def train(
     Raises:
         UnrolledError: bad input, or losses that stay without bound; what was trained so far is kept.
     """
-    changes = dict(changes or {}) | ({"data.corpus": start.located(data)} if data is not None else {})
+    changes = dict(changes or {}) | ({"data.corpus": start.located(str(data))} if data is not None else {})
     if resume:
         recipe, path = start.resumed(recipe, out, changes)
     else:

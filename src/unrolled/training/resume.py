@@ -137,8 +137,9 @@ class Keeper:
         return True
 
     def keep_some(self) -> None:
-        """Writes the weights where there are none yet, for a training that is broken off in its first epoch."""
-        if self.is_sound() and not (self.path / "model.safetensors").exists():
+        """Writes the weights where no validation has chosen any: of a training broken off in its first epoch."""
+        in_first = self.position.epoch == 1 and self.position.best_valid_perplexity is None
+        if self.is_sound() and (in_first or not (self.path / "model.safetensors").exists()):
             self._write_weights(0)
 
     def _write_weights(self, epoch: int) -> None:

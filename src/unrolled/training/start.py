@@ -95,7 +95,8 @@ def say_kernels(path: Path, device: torch.device, recipe: Recipe, progress: Prog
 def located(data: str) -> str:
     """A path that holds from any folder; a name as it is."""
     refuse_undecodable(data)
-    return str(Path(data).resolve()) if data != "-" and data not in KNOWN and Path(data).exists() else data
+    is_path = data not in ("", "-", *KNOWN) and Path(data).exists()
+    return str(Path(data).resolve()) if is_path else data
 
 
 def refuse_undecodable(name: str) -> None:

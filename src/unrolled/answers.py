@@ -206,10 +206,9 @@ def print_json(answer: dict[str, Any]) -> None:
     """One object as one line; what is not finite is null."""
     from unrolled.metrics import finite
 
-    utf8 = (
-        sys.stdout.encoding.lower().replace("-", "").replace("_", "") == "utf8"
-    )
-    print(json.dumps(finite(answer), ensure_ascii=not utf8, allow_nan=False), flush=True)
+    encoding = (sys.stdout.encoding or "utf-8").lower().replace("_", "-")
+    as_it_is = encoding == "utf-8"  # elsewhere what is not ASCII as JSON spells it
+    print(json.dumps(finite(answer), ensure_ascii=not as_it_is, allow_nan=False), flush=True)
 
 
 def notice(text: str) -> None:

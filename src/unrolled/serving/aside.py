@@ -6,15 +6,18 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from unrolled.data.tokens import Tokenizer
+
 T = TypeVar("T")
 _LARGE = 20_000
 """Characters or figures; what has more is not worked through on the event loop."""
 
 
-async def aside(size: int, function: Callable[..., T], *arguments: Any, waits: bool = False) -> T:
-    """What a function returns, from a thread of its own where there is much to do or it `waits` for who has much."""
-    here = size < _LARGE and not waits
-    return function(*arguments) if here else await asyncio.to_thread(function, *arguments)
+async def aside(size: int, function: Callable[..., T], *arguments: Any, encodes: Tokenizer | None = None) -> T:
+    """What a function returns, from a thread of its own where there is much to do, or where it encodes by a tokenizer
+    that another thread has, and would wait for it."""
+    elsewhere = size >= _LARGE or (encodes is not None and encodes.busy)
+    return await asyncio.to_thread(function, *arguments) if elsewhere else function(*arguments)
 
 
 def in_thread(function: Callable[..., T], *arguments: Any) -> "Future[T]":

@@ -135,7 +135,7 @@ class Completing:
                 targets = ids[1:] if request.echo and wants else ids[:0]
                 yield drawing, Unread(ids, targets, top=request.logprobs or 0, follows=True)
 
-        asked = await aside(size, lambda: list(drawings()), waits=run.tokenizer.busy)
+        asked = await aside(size, lambda: list(drawings()), encodes=run.tokenizer)
         if wants:
             shown = sum(self.length + len(text.targets) for _, text in asked)
             self.service.allow(shown * figures, "log-probabilities of an answer")
@@ -143,7 +143,7 @@ class Completing:
         heads = await aside(
             size,
             lambda: [self._head(prompt, read) for prompt, read in zip(self.prompts, reads, strict=True)],
-            waits=run.tokenizer.busy,
+            encodes=run.tokenizer,
         )
         for prompt, (drawing, text), read, head in zip(self.prompts, asked, reads, heads, strict=True):
             self.prompt_tokens += len(text.ids) - request.begin

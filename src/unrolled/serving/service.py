@@ -87,7 +87,7 @@ class Service:
                 except UnrolledError as error:
                     found[number] = error
 
-        await aside(sum(map(len, texts)), encode, waits=run.tokenizer.busy)
+        await aside(sum(map(len, texts)), encode, encodes=run.tokenizer)
         results = await self.read(run, [Unread(ids[:-1], ids[1:]) for ids in encoded.values()])
 
         def put_together() -> None:
@@ -114,7 +114,7 @@ class Service:
                 Question(run.tokenizer, prefix, request.k, request.unknown, request.complete) for prefix in prefixes
             ]
 
-        asked = await aside(sum(map(len, prefixes)), questions, waits=run.tokenizer.busy)
+        asked = await aside(sum(map(len, prefixes)), questions, encodes=run.tokenizer)
         self.allow(sum(len(question.ids) for question in asked))
         answer = self._next_words if request.length == 1 else self._beams
         portion = max(1, _MOST_FIGURES // len(run.tokenizer))
@@ -145,7 +145,7 @@ class Service:
             options = request.length, request.k, max(20, request.k), request.unknown
             return [Beam(run.tokenizer, question.prefix, *options) for question in asked]
 
-        beams = await aside(len(asked) * len(run.tokenizer), searches, waits=run.tokenizer.busy)
+        beams = await aside(len(asked) * len(run.tokenizer), searches, encodes=run.tokenizer)
         results = await self.read(run, [Unread(beam.prefix_ids, NOTHING, follows=True) for beam in beams])
         predictions = []
         for question, beam, read in zip(asked, beams, results, strict=True):
@@ -175,7 +175,7 @@ class Service:
             Drawing,
             *(run.tokenizer, request.prompt, request.samples, request.length, seed, request.random_start),
             *(stop, Sampling(**options), session.place.last_ids if session else None),
-            waits=run.tokenizer.busy,
+            encodes=run.tokenizer,
         )
         if session:
             start: Start = session.place.log_probs, session.place.states
@@ -208,12 +208,10 @@ class Service:
         """A new session, which has read the end of a line and then the text."""
         name, run = self.run(request.model)
         question = next_token(run.tokenizer, request.k, request.unknown) if request.k else None
-        busy = run.tokenizer.busy
-        ids = await aside(len(request.text), prefix_ids, run.tokenizer, request.text, waits=busy)
+        ids = await aside(len(request.text), prefix_ids, run.tokenizer, request.text, encodes=run.tokenizer)
         (read,) = await self.read(run, [Unread(ids, ids[1:], follows=True)])
         session = self.sessions.begin(name, run, Place(read.states, _followed(read), len(ids) - 1, _last(ids)))
-        busy = run.tokenizer.busy
-        tokens = await aside(len(ids), _tokens, run, request.text, ids[1:], read.nats, waits=busy)
+        tokens = await aside(len(ids), _tokens, run, request.text, ids[1:], read.nats, encodes=run.tokenizer)
         return _standing(session, tokens, question)
 
     async def go_on(self, id: str, request: schema.ReadRequest) -> schema.SessionAnswer:
@@ -222,14 +220,12 @@ class Service:
         async with session.lock:
             run, place, tokens = session.run, session.place, list[schema.TokenScore]()
             question = next_token(run.tokenizer, request.k, request.unknown, request.typed) if request.k else None
-            busy = run.tokenizer.busy
-            ids = await aside(len(request.text), run.tokenizer.encode, request.text, waits=busy)
+            ids = await aside(len(request.text), run.tokenizer.encode, request.text, encodes=run.tokenizer)
             ids = ids.astype(np.int64)
             if len(ids):
                 (read,) = await self.read(run, [Unread(ids, ids[1:], follows=True)], place.states)
                 nats = np.concatenate([[-float(place.log_probs[ids[0]])], read.nats])
-                busy = run.tokenizer.busy
-                tokens = await aside(len(ids), _tokens, run, request.text, ids, nats, waits=busy)
+                tokens = await aside(len(ids), _tokens, run, request.text, ids, nats, encodes=run.tokenizer)
                 last = _last(np.concatenate([place.last_ids, ids]))
                 self.sessions.go_on(session, Place(read.states, _followed(read), place.tokens + len(ids), last))
             return _standing(session, tokens, question)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import pickle
 import shutil
 from contextlib import nullcontext
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -174,3 +176,38 @@ def test_folders_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (tmp_path / "runs" / name).mkdir(parents=True)
     assert folder_module.next_folder("demo") == Path("runs/demo-11")
     assert folder_module.latest_folder("demo") == Path("runs/demo-10")
+
+
+def test_what_pytorch_makes_unless_told_otherwise_has_no_say(toy_run: Run, tmp_path: Path) -> None:
+    small = {"model.embedding_size": 8, "model.hidden_sizes": "8", "training.max_epochs": 1, "model.dropout": 0.2}
+    torch.set_default_dtype(torch.float64)
+    try:
+        run = unrolled.load(toy_run.path)
+        assert run.predict("the dog") == toy_run.predict("the dog")
+        assert run.score("the dog") == toy_run.score("the dog")
+        assert run.generate("the", seed=1, repetition_penalty=1.1) == toy_run.generate(
+            "the", seed=1, repetition_penalty=1.1
+        )
+        assert run.continuations("the") == toy_run.continuations("the")
+        unrolled.train("demo", data="toy", out=tmp_path / "run", changes=small)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    resumed = unrolled.train(out=tmp_path / "run", resume=True, changes={"training.max_epochs": 2})
+    assert resumed.manifest["status"] == "done"
+
+
+def test_pytorchs_generator_stands_where_it_stood(toy_run: Run, tmp_path: Path) -> None:
+    small = {"model.embedding_size": 8, "model.hidden_sizes": "8", "training.max_epochs": 1}
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    unrolled.load(toy_run.path).predict("the")
+    unrolled.train("demo", data="toy", out=tmp_path / "run", changes=small)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_run_goes_to_another_process_and_may_be_copied(toy_run: Run) -> None:
+    run = unrolled.load(toy_run.path, precision="bf16")
+    for other in (pickle.loads(pickle.dumps(run)), deepcopy(run)):
+        assert other.precision == "bf16"
+        assert other.predict("the dog") == run.predict("the dog")

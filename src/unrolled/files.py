@@ -3,6 +3,7 @@
 import hashlib
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -61,9 +62,13 @@ def sha256_of(path: Path, start: int = 0, stop: int | None = None) -> str:
     return digest.hexdigest()
 
 
+_ASKING = threading.Lock()
+
+
 def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
+    with _ASKING:  # who asks has to set it, and set it back
+        mask = os.umask(0)
+        os.umask(mask)
     return mask
 
 

@@ -44,6 +44,10 @@ class Run:
         self.recipe = load_recipe(path / "recipe.toml")
         self.tokenizer = Tokenizer.load(path / "tokenizer.json")
 
+    def __reduce__(self) -> "tuple[type[Run], tuple[Path, str, str]]":
+        """To another process, or a copy: opened again from its folder."""
+        return Run, (self.folder, str(self.device), self.precision)
+
     def __repr__(self) -> str:
         return (
             f"<unrolled.Run {str(self.path)!r}: {self.recipe.name}, {len(self.tokenizer):,} {self.recipe.data.tokens}s>"
@@ -71,7 +75,8 @@ class Run:
         if not path.is_file():
             raise UnrolledError(f"{path} is missing; if the training has not come so far, unrolled train --resume")
         tensors, _ = read_tensors(path, self.manifest.get("id"))
-        model = build_model(self.recipe.model, len(self.tokenizer))
+        with torch.random.fork_rng([]):  # what is drawn for a model that is overwritten is nobody's loss
+            model = build_model(self.recipe.model, len(self.tokenizer))
         _load_weights(model, tensors, path)
         return model.to(self.device).eval()
 
@@ -103,7 +108,10 @@ class Run:
             return continuations(self.model, self.tokenizer, prefix, length, k, **options)
 
     def session(self, text: str = "") -> "Session":
-        """A text that grows: `read` more of it, and `predict` what comes next after each word for one step."""
+        """A text that grows: `read` more of it, and `predict` what comes next after each word for one step.
+
+        Each holds the weights once more, as the kernels read them; who keeps hundreds of texts asks `unrolled serve`.
+        """
         from unrolled.inference.session import Session
 
         return Session(self.model, self.tokenizer, text, rounded=self.precision == "bf16")
@@ -243,9 +251,12 @@ class Run:
 def load(path: str | os.PathLike[str], device: str = "cpu", precision: str = "f32") -> Run:
     """Opens a run folder for use, from anywhere, with no corpus and no recipe beside it.
 
+    Its weights are read, and checked, when they are first asked for.
+
     Args:
         path: the folder that training left.
-        device: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one.
+        device: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one, whose layers cuDNN then multiplies in
+            f32 and not in TF32, in the whole process.
         precision: "f32", or "bf16" for products of bf16, which shift a perplexity by some thousandths and are faster
             where the processor has them.
 
@@ -318,7 +329,7 @@ def build_model(model: Model, vocab_size: int) -> LanguageModel:
     """
     refuse_what_cannot_fit(4 * num_parameters(model, vocab_size))
     build.library()  # has the memory in large pages from then on, where the weights should lie
-    return _network(model, vocab_size)
+    return _network(model, vocab_size).float()  # whatever PyTorch's default is
 
 
 def _network(model: Model, vocab_size: int) -> LanguageModel:

@@ -1,6 +1,7 @@
 """Perplexity by a named protocol, whatever the work's shape."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from unrolled.data.dataset import prepare
 from unrolled.data.text import open_corpus
 from unrolled.data.tokens import Vocabulary
 from unrolled.inference.evaluate import evaluate_exact, evaluate_paper, ngram_perplexity
+from unrolled.nn.cells import teacher_forced
 from unrolled.nn.loss import decoder_loss
 from unrolled.nn.model import LanguageModel
 
@@ -161,15 +163,27 @@ def test_a_jordan_network_is_evaluated_by_its_own_output_or_by_the_teachers(ids:
     model = LanguageModel(40, 0, [6], cell="jordan", init_scale=1.0).train()
     own, forced = (evaluate_exact(model, ids, teacher_forced=teacher) for teacher in (False, True))
     assert own.nll_nats == pytest.approx(one_at_a_time(model.eval(), ids), rel=1e-5)
-    with model.teacher_forced(True):
+    with teacher_forced(True):
         assert forced.nll_nats == pytest.approx(one_at_a_time(model, ids), rel=1e-5)
     assert own.nll_nats != pytest.approx(forced.nll_nats, rel=1e-3)
     inputs = torch.from_numpy(ids.astype(np.int64))
     for place in (40, 41):  # what a forced network says depends on the token before alone
-        with model.teacher_forced(True), torch.no_grad():
+        with teacher_forced(True), torch.no_grad():
             whole, _ = model(inputs[:60, None], model.initial_state(1))
             alone, _ = model(inputs[place, None, None], model.initial_state(1))
         torch.testing.assert_close(whole[place], alone[0])
+
+
+def test_an_evaluation_has_no_say_in_what_another_thread_is_fed(ids: np.ndarray) -> None:
+    model = LanguageModel(40, 0, [6], cell="jordan", init_scale=1.0).eval()
+    expected = evaluate_exact(model, ids)
+    with teacher_forced(True), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(evaluate_exact, model, ids).result() == expected
+
+
+def test_an_exact_evaluation_drops_no_units(ids: np.ndarray) -> None:
+    model = LanguageModel(40, 8, [8], dropout=0.5).train()
+    assert evaluate_exact(model, ids) == evaluate_exact(model.eval(), ids)
 
 
 def test_unigram_is_that_of_counts() -> None:

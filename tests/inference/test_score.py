@@ -42,7 +42,7 @@ def test_an_empty_text_is_the_end_of_its_line(toy_run: Run) -> None:
 def test_a_long_text_is_scored_whole(toy_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     text = toy_text("valid")[:20_000]
     whole = toy_run.score(text).log_prob
-    monkeypatch.setattr("unrolled.inference.reading._LOGITS_AT_ONCE", 500)
+    monkeypatch.setattr("unrolled.inference.reading._FIGURES_AT_ONCE", 500)
     assert toy_run.score(text).log_prob == pytest.approx(whole, rel=1e-6)
 
 

@@ -86,3 +86,22 @@ def test_of_characters_too_and_what_is_unknown_to_them_is_refused(character_run:
         session.predict(5, typed="w")
     with pytest.raises(UnrolledError, match="k must be at least 1"):
         session.predict(0)
+
+
+@pytest.mark.parametrize("asked_before", [True, False])
+def test_an_answer_that_fails_leaves_the_last_token_to_be_read(
+    toy_run: unrolled.Run, monkeypatch: pytest.MonkeyPatch, asked_before: bool
+) -> None:
+    def full(*arguments: object) -> None:
+        raise MemoryError
+
+    session = toy_run.session("the dog")
+    if asked_before:
+        session.predict(1)
+    for name, ask in (("likeliest", lambda: session.predict(5)), ("read", lambda: session.predict(5, typed="s"))):
+        with monkeypatch.context() as broken:
+            broken.setattr(Stream, name, full)
+            with pytest.raises(MemoryError):
+                ask()
+    session.read(" that")
+    assert same(session.predict(5), toy_run.predict("the dog that", 5))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from unrolled.data.batches import Windows
+from unrolled.nn.cells import teacher_forced as is_forced
 from unrolled.nn.loss import bits_per, decoder_loss, perplexity
 from unrolled.nn.model import LanguageModel
 from unrolled.nn.unroll import LayerStates
@@ -51,7 +52,7 @@ def evaluate_paper(model: LanguageModel, windows: Windows, teacher_forced: bool 
     """The targets of `windows`, the state zero at the start and carried from one to the next; their tail is dropped."""
     model.eval()
     state, nll_nats, tokens = model.initial_state(len(windows.streams)), 0.0, 0
-    with model.teacher_forced(teacher_forced):
+    with is_forced(teacher_forced):
         for inputs, targets in windows:
             nll, count, state = model.nll(inputs.to(model.device), targets.to(model.device), state)
             nll_nats += nll.item()
@@ -90,7 +91,7 @@ def evaluate_exact(
     model.eval()
     segments = max(1, min(batch_size, targets // _SEGMENT_TOKENS))
     steps = num_steps or min(128, max(1, _LOGITS_AT_ONCE // (segments * model.vocab_size)))
-    with model.teacher_forced(teacher_forced):
+    with is_forced(teacher_forced):
         return Evaluation("exact", targets, _exact_nats(model, ids, segments, steps))
 
 

@@ -73,6 +73,8 @@ def predict_many(
         UnrolledError: k is less than 1, a prefix is not in the model's vocabulary and it has no `<unk>`, or words are
             to be completed by a model of other tokens.
     """
+    if isinstance(prefixes, str):
+        raise TypeError("predict_many takes several texts; predict takes one")
     asked = [Question(tokenizer, prefix, k, unknown, complete) for prefix in prefixes]
     found: dict[int, Prediction] = {}
     for chosen in alike([len(question.ids) for question in asked]):
@@ -172,8 +174,8 @@ class Beam:
         self, model: LanguageModel, log_probs: Tensor, states: LayerStates
     ) -> Iterator[list[tuple[str, float]]]:
         """From log-probabilities (V,) and the state (B = 1) after the prefix; yields what is found after each token."""
-        stream, totals = Stream(model, states), torch.zeros(1)
-        rows, sequences = log_probs.cpu().unsqueeze(0), torch.zeros(1, 0, dtype=torch.int64)
+        stream, totals = Stream(model, states), torch.zeros(1, dtype=torch.float32, device="cpu")
+        rows, sequences = log_probs.cpu().unsqueeze(0), torch.zeros(1, 0, dtype=torch.int64, device="cpu")
         for number in range(self.length):
             joint = (totals.unsqueeze(-1) + rows + self.mask).flatten()
             totals, places = joint.topk(min(self.width, int(joint.isfinite().sum())))
@@ -195,7 +197,7 @@ def generate(
     length: int = 100,
     seed: int | None = None,
     random_start: bool = False,
-    stop: tuple[str, ...] = (),
+    stop: str | tuple[str, ...] = (),
     **sampling: Any,
 ) -> Iterator[str]:
     """Draws up to `length` tokens after `prompt`; yields the text that each adds, as it is drawn.
@@ -225,7 +227,7 @@ def generate_many(
     length: int = 100,
     seed: int | None = None,
     random_start: bool = False,
-    stop: tuple[str, ...] = (),
+    stop: str | tuple[str, ...] = (),
     **sampling: Any,
 ) -> list[str]:
     """Several texts after one prompt, drawn side by side; the arguments are `generate`'s."""
@@ -280,7 +282,7 @@ class Drawing:
         length: int,
         seed: int | None,
         random_start: bool,
-        stop: tuple[str, ...],
+        stop: str | tuple[str, ...],
         sampling: Sampling,
         after: np.ndarray | None = None,
     ) -> None:
@@ -304,10 +306,11 @@ class Drawing:
         self.tokens, self.done = [0] * samples, length == 0
         self._before: list[Tensor | None] = [None] * samples
         if sampling.repetition_penalty > 1:
-            before = torch.zeros(samples, len(tokenizer), dtype=torch.bool)
+            before = torch.zeros(samples, len(tokenizer), dtype=torch.bool, device="cpu")
             before[:, self.prompt_ids[1:]] = True
             self._before = list(before)
-        self.writers = [Writer(going_on(tokenizer, self.prompt_ids), stop) for _ in range(samples)]
+        stops = (stop,) if isinstance(stop, str) else stop
+        self.writers = [Writer(going_on(tokenizer, self.prompt_ids), stops) for _ in range(samples)]
 
     def draw(self, log_probs: Tensor | None) -> tuple[str, ...]:
         """One more token of each text from their log-probabilities (B, V), None for all alike: what each adds."""

@@ -16,7 +16,7 @@ NOTHING = np.zeros(0, np.int64)
 """Targets of a text that is only read."""
 Likeliest: TypeAlias = list[list[tuple[int, float]]]
 _TEXTS_AT_ONCE, _STEPS_AT_ONCE, _TOKENS_AT_ONCE = 64, 128, 2048
-_LOGITS_AT_ONCE = 1 << 23
+_FIGURES_AT_ONCE = 1 << 23  # of logits, or of the hidden layers that wait to become some
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class Reading:
         self.model, self.texts = model, texts
         self.nats = [np.zeros(len(text.targets)) for text in texts]
         self.likeliest: list[Likeliest] = [[] for _ in texts]
-        self.log_probs = torch.empty(len(texts) if any(text.follows for text in texts) else 0, model.vocab_size)
+        shape = len(texts) if any(text.follows for text in texts) else 0, model.vocab_size
+        self.log_probs = torch.empty(shape, dtype=torch.float32, device="cpu")
         self.states = model.initial_state(len(texts)) if states is None else states
         self._going = sorted(range(len(texts)), key=lambda number: -len(texts[number].ids))
         self._order, self._ended, self._first = list(self._going), [], 0
@@ -88,7 +89,8 @@ class Reading:
         self._first = end
         self._part(outputs[-1])
         waiting = sum(len(flat) for _, flat, _ in self._unscored)
-        if waiting and (not self._going or waiting * self.model.vocab_size >= _LOGITS_AT_ONCE):
+        widest = max(self.model.vocab_size, outputs.shape[-1])
+        if waiting and (not self._going or waiting * widest >= _FIGURES_AT_ONCE):
             self._decode()
         return bool(self._going)
 

@@ -35,6 +35,8 @@ class Sampling:
     """Tokens that may not."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.banned, str):
+            object.__setattr__(self, "banned", (self.banned,))
         if not 0 <= self.temperature < float("inf"):
             raise UnrolledError(f"temperature must be at least 0, not {self.temperature}")
         if self.top_k < 0:
@@ -52,7 +54,7 @@ class Sampling:
         Raises:
             UnrolledError: a banned token is not in the vocabulary, or nothing is left.
         """
-        mask = torch.zeros(len(tokenizer))
+        mask = torch.zeros(len(tokenizer), dtype=torch.float32, device="cpu")
         if not self.unknown and tokenizer.unknown_id is not None:
             mask[tokenizer.unknown_id] = -torch.inf
         for token in self.banned:

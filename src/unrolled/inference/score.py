@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, final
+from typing import Literal, final, get_args
 
 import numpy as np
 import torch
@@ -64,6 +64,9 @@ class Scorer:
             is the number of different characters in the vocabulary.
         most_tokens: longer texts are refused.
         rounded: products of bf16.
+
+    Raises:
+        UnrolledError: there is no such `unknown`.
     """
 
     def __init__(
@@ -76,6 +79,8 @@ class Scorer:
         most_tokens: int = 1_000_000,
         rounded: bool = False,
     ) -> None:
+        if unknown not in get_args(Unknown):
+            raise UnrolledError(f"unknown is {unknown!r}; it may be " + ", ".join(get_args(Unknown)))
         self.model, self.tokenizer, self.begin, self.unknown = model, tokenizer, begin, unknown
         self.end = end and tokenizer.token(tokenizer.start_id) in ("\n", "<eos>")
         self.most_tokens, self.rounded = most_tokens, rounded
@@ -102,6 +107,8 @@ class Scorer:
 
         They go through the model side by side, those of like length together.
         """
+        if isinstance(texts, str):
+            raise TypeError("score_many takes several texts; score takes one")
         scores: dict[int, Score | UnrolledError] = {}
         encoded: list[tuple[int, np.ndarray]] = []
         for number, text in enumerate(texts):
@@ -123,7 +130,7 @@ class Scorer:
             UnrolledError: as `score`; then it is as if there had been no such line.
         """
         encoded, end = self._checked(line), [self.tokenizer.start_id]
-        has_end = _as_trained(line).endswith("\n") and encoded[-1:].tolist() == end  # and so needs no other
+        has_end = self._as_trained(line).endswith("\n") and encoded[-1:].tolist() == end  # and so needs no other
         ids, unread = np.concatenate([self._before, encoded, [] if has_end else end]).astype(np.int64), not self._before
         reading = self._read([ids], self._states)
         self._states, self._before, kept = reading.states, end, len(ids) - (not self.end and not has_end)
@@ -136,7 +143,7 @@ class Scorer:
             UnrolledError: as `score`.
         """
         ids, start = self._checked(text), [self.tokenizer.start_id]
-        before, end = start * self.begin, start * (self.end and not _as_trained(text).endswith("\n"))
+        before, end = start * self.begin, start * (self.end and not self._as_trained(text).endswith("\n"))
         return np.concatenate([before, ids, end]).astype(np.int64)
 
     def scored(self, text: str, ids: np.ndarray, nats: np.ndarray) -> Score:
@@ -145,8 +152,12 @@ class Scorer:
 
     # -------------------------------------------------------------------------------------------- within
 
+    def _as_trained(self, text: str) -> str:
+        """Its lines end as those of the text that the model was trained on: bytes are as they are."""
+        return text if self.tokenizer.unit == "byte" else text.replace("\r\n", "\n").replace("\r", "\n")
+
     def _checked(self, text: str) -> np.ndarray:
-        ids = self.tokenizer.encode(_as_trained(text))
+        ids = self.tokenizer.encode(self._as_trained(text))
         if len(ids) > self.most_tokens:
             raise UnrolledError(f"{len(ids):,} tokens are more than {self.most_tokens:,}")
         return ids
@@ -172,13 +183,8 @@ class Scorer:
 
     def _spelled(self, text: str) -> list[str]:
         """Each token as it stands in the text."""
-        text = _as_trained(text)
+        text = self._as_trained(text)
         if self.tokenizer.unit != "word":
             return list(text)
         lines = text.split("\n")
         return [word for line in lines for word in [*line.split(), "\n"]]
-
-
-def _as_trained(text: str) -> str:
-    """Its lines end as those of the texts that models are trained on."""
-    return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -1,6 +1,7 @@
 """A text that grows, and what comes next after each word of it, for a step of the model and no more."""
 
-from typing import final
+from collections.abc import Callable
+from typing import TypeVar, final
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from unrolled.inference.reading import NOTHING, Reading, Unread
 from unrolled.nn.model import LanguageModel
 from unrolled.nn.stream import Stream
 
+T = TypeVar("T")
 _FEW = 16
 """Tokens that are read one by one; more of them go through the model as a window."""
 
@@ -72,7 +74,7 @@ class Session:
             return Prediction(self.text + space + typed, question.answer(self._following()).words)
         most = min(k + 1, len(self.tokenizer))  # one more, for one may be <unk>
         if len(self._unread) or len(self._likeliest) < most:
-            values, ids = self._stream.likeliest(self._next_id(), most)
+            values, ids = self._asked(lambda last: self._stream.likeliest(last, most))
             self._likeliest = list(zip(ids.tolist(), values.exp().tolist(), strict=True))
         pairs = [pair for pair in self._likeliest if unknown or pair[0] != self.tokenizer.unknown_id]
         return Prediction(self.text, [(self.tokenizer.token(id), value) for id, value in pairs[:k]])
@@ -80,8 +82,17 @@ class Session:
     def _following(self) -> Tensor:
         """Log-probabilities (V,) of the next token."""
         if len(self._unread) or self._log_probs is None:
-            self._log_probs = self._stream.read(self._next_id())[0].cpu()
+            self._log_probs = self._asked(self._stream.read)[0].cpu()
         return self._log_probs
+
+    def _asked(self, ask: Callable[[Tensor], T]) -> T:
+        """What the stream answers when it reads the last token."""
+        last = self._next_id()
+        try:
+            return ask(last)
+        except BaseException:  # then that one has not been read
+            self._unread, self._stream.states = np.array([self._last]), self._before
+            raise
 
     def _next_id(self) -> Tensor:
         """The last token (1,), for the stream to read next: all before it has been read."""

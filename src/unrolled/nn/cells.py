@@ -6,6 +6,9 @@ that a gate set has one bias vector here (`bias_ih`) unless it is asked to have 
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import ClassVar, Literal, TypeAlias, final
 
 import torch
@@ -201,7 +204,8 @@ class Jordan(Cell):
     With teacher forcing the true previous output stands in the place of :math:`y_{t-1}`. That *is* the current input:
     what should have come out at t - 1 is the token that goes in at t. So nothing older than :math:`x_t` has a say, and
     the network is a first-order Markov chain, no better than the bigrams of its text. `teacher_forcing` is on in
-    training mode and off in evaluation mode, where the network goes by what it put out itself.
+    training mode and off in evaluation mode, where the network goes by what it put out itself; `teacher_forced` says
+    otherwise, to whoever asks it and to no other thread.
 
     Shapes: inputs ids (B,), state (y (B, V),), output logits (B, V); weight_ho (V, H), bias_ho (V,).
     """
@@ -216,12 +220,12 @@ class Jordan(Cell):
         self.weight_ho = nn.Parameter(torch.empty(input_size, hidden_size))
         self.bias_ho = nn.Parameter(torch.empty(input_size))
         self.reset_parameters(hidden_size**-0.5)
-        self.teacher_forcing = True
 
-    def train(self, mode: bool = True) -> "Jordan":
-        """Training mode forces the teacher, evaluation mode does not."""
-        self.teacher_forcing = mode
-        return super().train(mode)
+    @property
+    def teacher_forcing(self) -> bool:
+        """Whether the true previous output is fed back."""
+        forced = _forced.get()
+        return self.training if forced is None else forced
 
     def project(self, inputs: Tensor) -> Tensor:
         projected = super().project(inputs)
@@ -232,6 +236,19 @@ class Jordan(Cell):
         h = self.activation(projected if self.teacher_forcing else projected + y @ self.weight_hh.T)
         logits = F.linear(h, self.weight_ho, self.bias_ho)
         return logits, (logits.softmax(-1),)
+
+
+_forced: ContextVar[bool | None] = ContextVar("forced", default=None)
+
+
+@contextmanager
+def teacher_forced(forced: bool) -> Iterator[None]:
+    """Within it, a Jordan network is fed the true previous token, or its own output; other cells take no notice."""
+    token = _forced.set(forced)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
 
 
 CELLS: dict[str, type[Cell]] = {"lstm": LSTM, "gru": GRU, "elman": Elman, "jordan": Jordan}

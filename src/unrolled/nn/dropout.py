@@ -19,6 +19,8 @@ class Dropout(nn.Module):
 
     def __init__(self, p: float) -> None:
         super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"a unit is dropped with a probability from 0 to below 1, not {p}")
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
@@ -28,7 +30,7 @@ class Dropout(nn.Module):
             return F.dropout(x, self.p)
         if not ops.serves(x):
             return x * _mask(x, self.p)
-        return ops.dropout(x, self.p, int(torch.randint(1 << 62, ())))
+        return ops.dropout(x, self.p, int(torch.randint(1 << 62, (), device="cpu")))
 
     def extra_repr(self) -> str:
         return f"{self.p:g}"
@@ -38,7 +40,8 @@ def _mask(x: Tensor, p: float) -> Tensor:
     """0 or 1 / (1 - p) for each, p to the nearest 65536th: two from one number of the generator, whose own way to ask
     for a coin, `F.dropout`'s, takes ten times as long."""
     kept = min(max(round((1 - p) * 65536), 1), 65536)
-    draws = torch.randint(-(1 << 31), 1 << 31, ((x.numel() + 1) // 2,), dtype=torch.int32).view(torch.int16)
+    pairs = torch.randint(-(1 << 31), 1 << 31, ((x.numel() + 1) // 2,), dtype=torch.int32, device="cpu")
+    draws = pairs.view(torch.int16)
     return (draws[: x.numel()] <= kept - 32769).to(x.dtype).mul_(65536 / kept).view_as(x)
 
 

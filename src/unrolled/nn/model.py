@@ -1,7 +1,6 @@
 """The language model: embedding -> stacked recurrent layers -> decoder."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, cast, final
 
@@ -105,19 +104,6 @@ class LanguageModel(nn.Module):
     def feeds_back_output(self) -> bool:
         """Whether this is a Jordan network, whose figures differ with teacher forcing and without."""
         return isinstance(self.layers[0], Jordan)
-
-    @contextmanager
-    def teacher_forced(self, forced: bool) -> Iterator[None]:
-        """Within it, a Jordan network is fed the true previous token, or its own output; other cells take no notice."""
-        cells = [cell for cell in self.layers if isinstance(cell, Jordan)]
-        before = [cell.teacher_forcing for cell in cells]
-        for cell in cells:
-            cell.teacher_forcing = forced
-        try:
-            yield
-        finally:
-            for cell, was in zip(cells, before, strict=True):
-                cell.teacher_forcing = was
 
     def initial_state(self, batch_size: int) -> LayerStates:
         """The zero state of `batch_size` streams."""

@@ -92,7 +92,8 @@ def train(
         progress: told of notes, steps and epochs as they happen.
 
     Returns:
-        The run, with its best weights; `run.manifest["status"]` is "done", or "stopped" where it was broken off.
+        The run, with its best weights; `run.manifest["status"]` is "done", or "stopped" where it was broken off: the
+        signal that asked for it is not passed on. PyTorch's random generators stand where they stood.
 
     Raises:
         UnrolledError: bad input, or losses that stay without bound; what was trained so far is kept.
@@ -119,7 +120,8 @@ def train(
         folder.sweep(path)
         if not resume:
             folder.create(path, recipe, changes, dataset, start.identity(recipe, dataset), start.kernels_on(device))
-        return _train(path, recipe, changes, dataset, windows, device, resume, progress)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            return _train(path, recipe, changes, dataset, windows, device, resume, progress)
 
 
 def _train(

@@ -137,7 +137,7 @@ def _adapt(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
     for parameter in parameters:
         if not optimizer.state[parameter]:
             averages = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.zeros(()), **averages}
+            optimizer.state[parameter] = {"step": parameter.new_zeros(()), **averages}
     slots = [optimizer.state[parameter] for parameter in parameters]
     steps = [slot["step"] for slot in slots]
     norm = update.clip_and_adapt(

@@ -105,3 +105,17 @@ def test_every_figure_of_a_bench_is_there(recipe: str) -> None:
         assert answer["ceiling_gflop_per_second"] > 0
         assert answer["peak_memory_mib"] > 0
     assert answers[0]["ratio_to_baseline"] == 1
+
+
+def test_a_ratio_is_how_many_times_as_fast(recipe: str) -> None:
+    for task in ("train", "next-word"):
+        one, other = bench(recipe, (task,), ("unrolled f32",), rounds=1, seconds=0.05)
+        assert (one["subject"], one["unit"]) == ("torch f32", "tokens/s" if task == "train" else "µs")
+        times = other["median"] / one["median"] if task == "train" else one["median"] / other["median"]
+        assert other["ratio_to_baseline"] == pytest.approx(times)
+
+
+def test_a_tokens_operations_are_those_of_its_products(recipe: str) -> None:
+    case = subjects.case(recipe)
+    products = 4 * 8 * 8 + 4 * 8 * 8 + 8 * case.vocab_size
+    assert case.flop_per_token == 6 * products

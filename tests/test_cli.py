@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -104,6 +105,17 @@ def test_evaluate_answers_with_every_figure(command: Command, toy_run: Run, writ
     assert "perplexity" in out
     packed = write("mine.txt.gz", gzip.compress(text.read_bytes()))
     assert "mine.txt.gz is compressed" in mistake(command, "evaluate", toy_run.path, "--data", packed)
+
+
+def test_text_that_has_changed_since_is_not_what_was_trained_on(
+    command: Command, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = write("mine.txt", toy_text("valid")[:30_000])
+    command("train", "--data", text, "--out", tmp_path / "run", *TINY)
+    text.write_text(toy_text("test")[:30_000])
+    monkeypatch.setenv("UNROLLED_CACHE", str(tmp_path / "cache"))
+    error = mistake(command, "evaluate", tmp_path / "run", "--split", "train")
+    assert "has changed since the training" in error
 
 
 def test_what_was_trained_on_is_evaluated_when_its_text_is_gone(command: Command, write: Write, tmp_path: Path) -> None:
@@ -382,6 +394,28 @@ def test_what_a_broken_off_start_left_is_written_over_and_a_file_is_not(command:
     assert "is a file" in mistake(command, "train", "--data", "toy", "--out", tmp_path / "mine" / "manifest.json")
 
 
+def test_a_training_that_is_stopped_has_another_status_than_one_that_is_done(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "unrolled",
+        "train",
+        "--data",
+        "toy",
+        "--out",
+        tmp_path / "run",
+        "--max-epochs",
+        "99",
+    ]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        next(line for line in process.stderr if "10%" in line)
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+    assert process.returncode == 130
+    assert "go on with: unrolled train --resume" in said
+
+
 def test_a_finished_training_says_so_when_resumed(command: Command, toy_run: Run, tmp_path: Path) -> None:
     run = shutil.copytree(toy_run.path, tmp_path / "run")
     _, _, err = command("train", "--resume", "--out", run)
@@ -530,6 +564,9 @@ def test_the_oddest_lines_and_their_oddest_words(command: Command, toy_run: Run,
     (answer,) = command.json("score", toy_run.path, path, "--anomalies", 1)
     assert (answer["id"], len(answer["oddest"])) == (2, 3)
     assert answer["oddest"][0]["log_prob"] <= answer["oddest"][1]["log_prob"]
+    long = write("long.txt", "the dog walks here " * 20 + "\nhere the the\n")
+    (answer,) = command.json("score", toy_run.path, long, "--anomalies", 1)
+    assert answer["id"] == 2  # by the token; all together the long one is the less probable
     _, out, _ = command("score", toy_run.path, path, "--anomalies", 2)
     assert out.splitlines()[0].endswith("line 2: the here the walks dog dog")
     assert out.count("oddest: ") == 2

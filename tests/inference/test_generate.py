@@ -196,6 +196,10 @@ def test_a_wide_beam_finds_the_likeliest_continuations(toy_run: Run) -> None:
     expected = sorted((value for text, value in pairs), reverse=True)[:5]
     found = toy_run.continuations("the", length=2, k=5, width=100)
     assert [math.exp(value) for _, value in found] == pytest.approx(expected, rel=1e-3)
+    before = toy_run.score("the", end=False).log_prob
+    for length in (2, 3, 4):
+        for text, value in toy_run.continuations("the", length=length, k=20, width=40):
+            assert toy_run.score(f"the{text}", end=False).log_prob - before == pytest.approx(value, abs=1e-3)
     assert found[0][0].startswith(" ")
     with pytest.raises(UnrolledError, match="k must be from 1 to 2, not 5"):
         toy_run.continuations("the", k=5, width=2)

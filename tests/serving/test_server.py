@@ -181,3 +181,13 @@ def test_a_users_mistake_is_one_line(toy_run: unrolled.Run, tmp_path: Path, caps
             error = capsys.readouterr().err
             assert (ended.value.code, error.count("\n")) == (2, 1), error
             assert message in error
+
+
+def test_a_token_and_limits_on_the_command_line_are_the_servers(toy_run: unrolled.Run) -> None:
+    with server(toy_run.path, "--token", "secret", "--most-sessions", 1) as (_, address):
+        assert httpx2.get(f"{address}/models").status_code == 401
+        headers = {"Authorization": "Bearer secret"}
+        assert httpx2.get(f"{address}/models", headers=headers).status_code == 200
+        first, second = (httpx2.post(f"{address}/sessions", json={}, headers=headers).json() for _ in range(2))
+        found = [httpx2.get(f"{address}/sessions/{one['session']}", headers=headers) for one in (first, second)]
+        assert [answer.status_code for answer in found] == [404, 200]

@@ -96,9 +96,27 @@ def test_a_signal_saves_and_stops_within_a_step(tmp_path: Path, number: signal.S
             if event["step"] == 30:
                 os.kill(os.getpid(), number)
 
+    before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
     run = unrolled.train("demo", data="toy", out=tmp_path / "run", changes=SMALL, progress=progress)
+    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
     assert steps[-1] == 30
     assert (run.manifest["status"], run.manifest["steps"]) == ("stopped", 30)
+
+
+def test_within_an_epoch_a_resume_point_is_written_as_often_as_asked_for(tmp_path: Path) -> None:
+    saved: list[int] = []
+
+    def progress(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and not saved:
+            metadata = read_tensors(tmp_path / "run/last/resume.safetensors")[1]
+            if step := json.loads(metadata["position"])["step"]:
+                saved.append(step)
+                os.kill(os.getpid(), signal.SIGINT)
+
+    changes = SMALL | {"training.save_every": 5}
+    run = unrolled.train("demo", data="toy", out=tmp_path / "run", changes=changes, progress=progress)
+    assert run.manifest["epochs"] == 0
+    assert saved[0] % 5 == 0
 
 
 def test_a_training_stopped_twice_in_its_first_epoch_has_the_weights_of_the_second_stop(tmp_path: Path) -> None:

@@ -103,6 +103,10 @@ def test_evaluate_answers_with_every_figure(command: Command, toy_run: Run, writ
     status, out, _ = command("evaluate", toy_run.path)
     assert status == 0
     assert "perplexity" in out
+    with zipfile.ZipFile(archive, "w") as file:
+        file.write(text, "novel.txt")
+    (alone,) = command.json("evaluate", toy_run.path, "--data", archive)
+    assert (alone["split"], alone["nll_nats"]) == ("text", other["nll_nats"])
     packed = write("mine.txt.gz", gzip.compress(text.read_bytes()))
     assert "mine.txt.gz is compressed" in mistake(command, "evaluate", toy_run.path, "--data", packed)
 

@@ -36,11 +36,15 @@ class Terminal(io.StringIO):
         return True
 
 
-def shown(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch, *events: dict[str, Any]) -> list[str]:
+def shown(
+    stream: io.StringIO, monkeypatch: pytest.MonkeyPatch, *events: dict[str, Any], **environment: str
+) -> list[str]:
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     with Display() as display:
         for event in events:
             display(event)
@@ -64,3 +68,28 @@ def test_elsewhere_there_are_plain_lines(monkeypatch: pytest.MonkeyPatch) -> Non
         "epoch  13   45%  perplexity    711.72   114,438 tokens/s  rate 0.003797  gradient 18.5  4 s left of it"
     )
     assert len(lines) == 2
+
+
+@pytest.mark.parametrize(("name", "value"), [("TERM", "dumb"), ("FORCE_COLOR", "1")])
+def test_a_terminal_that_cannot_move_its_cursor_and_a_file_told_to_be_one_have_plain_lines(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    stream = Terminal() if name == "TERM" else io.StringIO()
+    lines = shown(stream, monkeypatch, STEP, EPOCH, **{name: value})
+    assert len(lines) == 2
+    assert "45%" in lines[0]
+
+
+def test_what_is_answered_meanwhile_goes_where_answers_go(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with Display(on_epoch=lambda event: print("answer")) as display:
+        display(STEP)
+        display(EPOCH)
+    assert capsys.readouterr().out == "answer\n"
+
+
+def test_a_text_is_shown_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = shown(io.StringIO(), monkeypatch, {"event": "note", "text": "a:b:c :x: [bold]"})
+    assert lines == ["a:b:c :x: [bold]"]

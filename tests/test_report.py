@@ -1,10 +1,15 @@
 """The report is one page that needs nothing else."""
 
+import os
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
-from unrolled import Run
+import pytest
+
+import unrolled
+from unrolled import Run, UnrolledError
 from unrolled.report import write_report
 
 
@@ -63,3 +68,30 @@ def test_several_runs_stand_side_by_side(toy_run: Run, character_run: Run, tmp_p
     assert {"cell = &quot;lstm&quot;", "cell = &quot;gru&quot;"} <= set(marked)
     assert not any(line.startswith("seed") for line in marked)
     assert {"    64,", "    48,"} <= set(marked)  # of hidden_sizes
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": 1, "epoch": 1}',
+        '{"step": 1, "epoch": 0}',
+        '{"step": 0, "epoch": 1, "nll_nats_per_token": 3.0, "train_perplexity": 9.0}',
+        '{"step": 1, "epoch": 1, "train_perplexity": 0}',
+        '{"step": 1, "epoch": 1, "train_perplexity": 9.0, "sample": "\\ud800"}',
+    ],
+)
+def test_a_record_of_strange_lines_is_reported_on(toy_run: Run, tmp_path: Path, line: str) -> None:
+    run = unrolled.load(shutil.copytree(toy_run.path, tmp_path / "run"))
+    (run.path / "metrics.jsonl").write_text(line + "\n")
+    write_report([run], tmp_path / "report.html", words=0)
+    read(tmp_path / "report.html")
+
+
+def test_a_device_is_not_written_over(toy_run: Run, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UnrolledError, match="no file that can be written over"):
+        write_report([toy_run], tmp_path / "pipe", words=0)
+    (tmp_path / "link.html").symlink_to(tmp_path / "real.html")
+    write_report([toy_run], tmp_path / "link.html", words=0)
+    assert (tmp_path / "link.html").is_symlink()
+    read(tmp_path / "real.html")

@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from unrolled.errors import UnrolledError
+
 
 @contextmanager
 def written_whole(path: Path, previous: Path | None = None) -> Iterator[IO[bytes]]:
@@ -17,6 +19,9 @@ def written_whole(path: Path, previous: Path | None = None) -> Iterator[IO[bytes
     Written under a temporary name in the same folder, synced, renamed; then the folder is synced. What stood at `path`
     becomes the file `previous`, where that is named.
     """
+    if path.exists() and not path.is_file():  # a device would become a file
+        raise UnrolledError(f"{path} is no file that can be written over")
+    path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:

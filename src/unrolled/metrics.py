@@ -86,7 +86,7 @@ def _read(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_record(record: dict[str, Any]) -> bool:
-    if not all(isinstance(record.get(name), int) for name in ("step", "epoch")):
+    if not all(isinstance(record.get(name), int) and record[name] > 0 for name in ("step", "epoch")):
         return False
     figures = (value for name, value in record.items() if name not in ("sample", "valid_protocol"))
     texts = (record.get(name, "") for name in ("sample", "valid_protocol"))

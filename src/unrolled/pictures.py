@@ -109,7 +109,7 @@ def _train_points(records: Records) -> tuple[np.ndarray, np.ndarray]:
         begin = (record["epoch"] - 1) * steps
         if record["epoch"] != epoch:
             epoch, before, nats_before = record["epoch"], begin, 0.0
-        if record["train_perplexity"] is None or record["step"] < before + _SHORTEST * steps:
+        if not (record.get("train_perplexity") or 0) > 0 or record["step"] < before + max(_SHORTEST * steps, 1):
             continue
         nats = math.log(record["train_perplexity"]) * (record["step"] - begin)
         if (mean := (nats - nats_before) / (record["step"] - before)) < 700:  # beyond, e to it is no float

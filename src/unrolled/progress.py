@@ -31,7 +31,8 @@ class Display:
     def __init__(self, quiet: bool = False, on_epoch: Callable[[dict[str, Any]], None] | None = None) -> None:
         self.quiet = quiet
         self.on_epoch = on_epoch
-        self.console = _Console(file=sys.stderr, highlight=False, markup=False, soft_wrap=True)
+        self.console = _Console(file=sys.stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self.moves = sys.stderr.isatty() and self.console.is_terminal and not self.console.is_dumb_terminal
         self.live = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(bar_width=8),
@@ -39,7 +40,8 @@ class Display:
             TimeRemainingColumn(compact=True),
             console=self.console,
             transient=True,
-            disable=quiet or not self.console.is_terminal,
+            disable=quiet or not self.moves,
+            redirect_stdout=False,  # where --json answers
             refresh_per_second=5,
         )
         self.task: TaskID | None = None
@@ -73,7 +75,7 @@ class Display:
             self._say(f"step {event['step']:,}  valid {event['valid_perplexity']:,.2f}" + "  *" * event["best"])
         if "sample" in event:
             self._sample(event)
-        if self.console.is_terminal:
+        if self.moves:
             figures = (  # no wider than 80 columns with the bar
                 f"perplexity {event['train_perplexity']:.4g} {event['tokens_per_second']:,.0f}/s "
                 f"rate {event['learning_rate']:.2g} gradient {event['grad_norm']:.3g}"

@@ -40,7 +40,7 @@ def write_report(runs: Sequence[Run], path: Path, words: int = 300) -> None:
     sections += ["<h2>Provenance</h2>", _beside([(n, _provenance(run)) for n, run in zip(names, runs, strict=True)])]
     title = "Unrolled: " + ", ".join(names)
     page = _PAGE.format(title=html.escape(title), body="\n".join(sections))
-    write_whole(path, page.encode())
+    write_whole(path, page.encode(errors="replace"))  # a text that is no Unicode may stand in a record
 
 
 def _curves(metrics: dict[str, Records]) -> list[str]:

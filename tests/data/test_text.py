@@ -83,6 +83,22 @@ def test_one_endless_line_is_cut_between_words(write: Write) -> None:
     assert ["".join(read_text(corpus, split)).strip()[:5] for split in corpus.splits] == ["word "] * 3
 
 
+@pytest.mark.parametrize("space", ["\t", "\v", "\u3000", "\xa0"])
+def test_whatever_parts_words_is_where_an_endless_line_is_cut(
+    write: Write, monkeypatch: pytest.MonkeyPatch, space: str
+) -> None:
+    monkeypatch.setattr(reading, "_LONGEST_WORD", 100)
+    monkeypatch.setattr(reading, "_PIECE", 64)
+    corpus = open_corpus(str(write("endless.txt", f"wörter{space}" * 5_000)))
+    for split in corpus.splits:
+        assert {word for piece in read_text(corpus, split) for word in piece.split()} == {"wörter"}
+
+
+def test_much_white_space_of_any_kind_is_read_in_no_time(write: Write) -> None:
+    text = "a" + "\xa0\u3000" * 400_000 + "b\n"
+    assert whole(write("wide.txt", text)) == text
+
+
 def test_a_long_last_line_leaves_no_split_empty(write: Write) -> None:
     corpus = open_corpus(str(write("mine.txt", LINES * 9 + "word " * 1_000 + "\n")))
     assert min(split.stop - split.start for split in corpus.splits.values()) > 1_000
@@ -299,14 +315,30 @@ def test_a_tar_is_read_or_named_whatever_its_compression_and_damage(tmp_path: Pa
             content = os.urandom(3_000).hex().encode()
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
-    assert set(open_corpus(str(path)).splits) == {"train", "valid", "test"}
+    corpus = open_corpus(str(path))
+    texts = {split: "".join(read_text(corpus, split)) for split in ("train", "valid", "test")}
     whole_file = path.read_bytes()
     for place in range(100, len(whole_file), len(whole_file) // 40):
         damaged = bytearray(whole_file)
         damaged[place] ^= 0x55
         path.write_bytes(damaged)
         with suppress(UnrolledError):  # and nothing else
-            open_corpus(str(path))
+            corpus = open_corpus(str(path))
+            if mode:  # which have sums of their own
+                assert {split: "".join(read_text(corpus, split)) for split in corpus.splits} == texts
+            elif place > 512:
+                assert corpus.splits["valid"].name == "valid.txt"
+
+
+def test_a_tar_is_a_tar_though_its_last_member_be_a_zip(tmp_path: Path) -> None:
+    inner = make_zip(tmp_path / "notes.zip", {"old.txt": b"other text\n"}).read_bytes()
+    with tarfile.open(tmp_path / "corpus.tar", "w:") as archive:
+        for name, content in (SPLIT_FILES | {"notes.zip": inner}).items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    corpus = open_corpus(str(tmp_path / "corpus.tar"))
+    assert "".join(read_text(corpus, "train")) == "train text here\n"
 
 
 def test_one_file_for_two_splits_is_refused(write: Write, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def is_archive(path: Path) -> bool:
     Raises:
         UnrolledError: it is a tar, and a bomb.
     """
-    if zipfile.is_zipfile(path):
+    if _is_zip(path):
         return True
     try:
         with _open_tar(path) as archive:
@@ -88,7 +88,7 @@ def _members(path: Path) -> Iterator[dict[str, Callable[[], IO[bytes]]]]:
     """
     files: dict[str, Callable[[], IO[bytes]]] = {}
     guard = _Guard(path.name)
-    if zipfile.is_zipfile(path):
+    if _is_zip(path):
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
                 kind = stat.S_IFMT(info.external_attr >> 16)
@@ -102,7 +102,31 @@ def _members(path: Path) -> Iterator[dict[str, Callable[[], IO[bytes]]]]:
                 guard.admit(member.name, member.size, member.isreg() or member.isdir())
                 if member.isreg():
                     files[member.name] = partial(_open_member, archive, member)
+            _read_to_its_end(archive)
             yield files
+
+
+def _is_zip(path: Path) -> bool:
+    """Not one that only ends with a zip, as a tar may whose last member is one."""
+    with path.open("rb") as file:
+        begins = file.read(2) == b"PK"
+    return begins and zipfile.is_zipfile(path)
+
+
+def _read_to_its_end(archive: tarfile.TarFile) -> None:
+    """What follows the last member is its end, where Python takes any damaged header for it; and the sums of a gz or xz
+    stand behind that.
+
+    Raises:
+        tarfile.ReadError: a header is damaged.
+    """
+    stream = archive.fileobj
+    assert stream is not None
+    stream.seek(archive.offset)
+    if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        raise tarfile.ReadError("a member's header is damaged")
+    while stream.read(1 << 20):
+        pass
 
 
 @contextmanager

@@ -17,6 +17,8 @@ _WIDE_SPACES = tuple(
     space.encode()
     for space in "\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 )
+_PLAIN_SPACES = (b" ", b"\n", b"\r", b"\t", b"\v", b"\f")
+_SPACES = {*_PLAIN_SPACES, *_WIDE_SPACES}
 
 
 @dataclass(frozen=True)
@@ -96,15 +98,21 @@ def _raw(part: Split) -> Iterator[tuple[bytes, int]]:
 def _last_word_end(piece: bytes) -> int:
     """Where the white space before the last word begins."""
     words = _without_space(piece)
-    return len(_without_space(words[: max(words.rfind(mark) for mark in (b" ", b"\n", b"\r")) + 1]))
+    end = max(words.rfind(space) for space in _PLAIN_SPACES) + 1
+    if not end:  # to look for all the others takes longer
+        end = max((place + len(space) for space in _WIDE_SPACES if (place := words.rfind(space)) >= 0), default=0)
+    return len(_without_space(words[:end]))
 
 
 def _without_space(piece: bytes) -> bytes:
     """`piece` without the white space that it ends in, beyond ASCII too."""
-    piece = piece.rstrip()
-    while space := next((space for space in _WIDE_SPACES if piece.endswith(space)), None):
-        piece = piece.removesuffix(space).rstrip()
-    return piece
+    end = len(piece)
+    while end:
+        length = next((n for n in (1, 2, 3) if piece[max(end - n, 0) : end] in _SPACES), 0)
+        if not length:
+            break
+        end -= length
+    return piece[:end]
 
 
 def _whole_characters(piece: bytes) -> int:

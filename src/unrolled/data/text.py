@@ -114,7 +114,7 @@ def open_text(name: str, encoding: str | None = "utf-8") -> Corpus:
     title = "standard input" if name == "-" else path.name
     _refuse_other_kinds(path, title)
     if archives.is_archive(path):
-        return _archive(path, encoding)
+        return _archive(path, encoding, whole=True)
     return Corpus(title, _files(title, {"text": recoded(path, encoding)}, {"text": title}), encoding=encoding)
 
 
@@ -271,7 +271,8 @@ def _text8(source: str, path: Path) -> Corpus:
     return Corpus("text8", _ranges("text8", path, cuts), note=f"{note}, cut 90/5/5")
 
 
-def _archive(path: Path, encoding: str | None) -> Corpus:
+def _archive(path: Path, encoding: str | None, whole: bool = False) -> Corpus:
+    """The texts of an archive; where it holds one, that is cut, or taken whole as the split `text`."""
     chosen: dict[str, str] = {}
 
     def choose(names: list[str]) -> dict[str, str]:
@@ -285,6 +286,9 @@ def _archive(path: Path, encoding: str | None) -> Corpus:
         return chosen
 
     copies = archives.extract(path, choose, cache_folder() / "texts" / sha256_of(path))
+    if "text.txt" in copies and whole:
+        text = {"text": recoded(copies["text.txt"], encoding)}
+        return Corpus(path.name, _files(path.name, text, {"text": Path(chosen["text.txt"]).name}), encoding=encoding)
     if "text.txt" in copies:
         return _one_file(path.name, copies["text.txt"], encoding)
     paths = {split: recoded(copies[f"{split}.txt"], encoding) for split in SPLITS}

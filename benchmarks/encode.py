@@ -3,7 +3,7 @@
 Each case runs in a process of its own on one core, with an empty cache. The text is drawn from Zipf's law over 200,000
 words, so that there is as much of it as is asked for and the vocabulary is as large as that of real text.
 
-    python benchmarks/encode.py [--words 20] [--characters 100]     (millions)
+    python benchmarks/encode.py [--words 20]     (millions)
 """
 
 import argparse

@@ -13,6 +13,7 @@ from hypothesis.strategies import characters, lists, sampled_from, text
 
 from unrolled import UnrolledError
 from unrolled.data import dataset as dataset_module
+from unrolled.data.backends import LONGEST_BPE_WORD, bpe_backend
 from unrolled.data.dataset import find_prepared, prepare, prepare_with
 from unrolled.data.text import open_corpus, open_text
 from unrolled.data.tokens import Tokenizer, Unit, Vocabulary, smallest_dtype
@@ -249,3 +250,9 @@ def test_several_threads_may_encode_at_once(write: Callable[[str, bytes | str], 
         found = list(pool.map(tokenizer.encode, texts))
     for ids, encoded in zip(found, texts, strict=True):
         assert tokenizer.decode(ids.tolist()) == encoded
+
+
+@pytest.mark.parametrize("run", [" " * 30_000, "\t\xa0" * 15_000, "x" * 30_000])
+def test_pieces_of_bpe_are_never_learnt_longer_than_its_longest_word(run: str) -> None:
+    backend = bpe_backend([f"the dog sees the cat{run}end\n"], 500, 1)
+    assert max(len(piece) for piece in backend.get_vocab()) <= 2 * LONGEST_BPE_WORD  # of two bytes a character

@@ -90,9 +90,14 @@ def bpe_backend(lines: Iterable[str], size: int, min_count: int) -> Backend:
 
 
 def _with_long_words_cut(text: str) -> str:
+    """And long white space, over either of which the library takes quadratic time when it learns."""
+    text = _LONG_SPACE.sub("\\g<0>\n", text)
     if max(map(len, text.split()), default=0) < LONGEST_BPE_WORD:
         return text
     return re.sub(rf"\S{{{LONGEST_BPE_WORD}}}", "\\g<0>\n", text)
+
+
+_LONG_SPACE = re.compile(rf"[^\S\n]{{{LONGEST_BPE_WORD}}}")
 
 
 def bpe_pre_tokenizer(long_words: bool) -> pre_tokenizers.PreTokenizer:

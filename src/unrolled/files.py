@@ -21,7 +21,6 @@ def written_whole(path: Path, previous: Path | None = None) -> Iterator[IO[bytes
     """
     if path.exists() and not path.is_file():  # a device would become a file
         raise UnrolledError(f"{path} is no file that can be written over")
-    path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:

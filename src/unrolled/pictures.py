@@ -6,6 +6,7 @@ As SVG a picture takes the text colour of the page it stands in, so it is right 
 import html
 import io
 import math
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,7 +185,7 @@ def write_picture(figure: "Figure", path: Path) -> None:
     with matplotlib.rc_context({"svg.hashsalt": "unrolled"}):  # the same picture every time
         metadata = {} if kind == "png" else {"Date" if kind == "svg" else "CreationDate": None}
         figure.savefig(buffer, format=kind, dpi=150, facecolor="white", metadata=metadata)
-    write_whole(path, buffer.getvalue())
+    write_whole(Path(os.path.realpath(path)), buffer.getvalue())
 
 
 # ------------------------------------------------------------------------------------------------ maps
@@ -202,7 +203,7 @@ def write_map(words: list[str], places: np.ndarray, path: Path) -> int:
     check_map_name(path)
     figure, sides = map_figure(words, places)
     if path.suffix.lower() == ".html":
-        write_whole(path, _interactive_map(words, places, sides).encode())
+        write_whole(Path(os.path.realpath(path)), _interactive_map(words, places, sides).encode())
     else:
         write_picture(figure, path)
     return sides.count("")

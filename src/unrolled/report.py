@@ -1,6 +1,7 @@
 """A run, or several, as one self-contained HTML page."""
 
 import html
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ def write_report(runs: Sequence[Run], path: Path, words: int = 300) -> None:
     sections += ["<h2>Provenance</h2>", _beside([(n, _provenance(run)) for n, run in zip(names, runs, strict=True)])]
     title = "Unrolled: " + ", ".join(names)
     page = _PAGE.format(title=html.escape(title), body="\n".join(sections))
-    write_whole(path, page.encode(errors="replace"))  # a text that is no Unicode may stand in a record
+    write_whole(
+        Path(os.path.realpath(path)), page.encode(errors="replace")
+    )  # a text that is no Unicode may stand in a record
 
 
 def _curves(metrics: dict[str, Records]) -> list[str]:

@@ -89,14 +89,15 @@ def test_whatever_parts_words_is_where_an_endless_line_is_cut(
 ) -> None:
     monkeypatch.setattr(reading, "_LONGEST_WORD", 100)
     monkeypatch.setattr(reading, "_PIECE", 64)
-    corpus = open_corpus(str(write("endless.txt", f"wörter{space}" * 5_000)))
+    corpus = open_text(str(write("endless.txt", "wörter " + f"wörter{space}" * 5_000)))
     for split in corpus.splits:
         assert {word for piece in read_text(corpus, split) for word in piece.split()} == {"wörter"}
 
 
 def test_much_white_space_of_any_kind_is_read_in_no_time(write: Write) -> None:
-    text = "a" + "\xa0\u3000" * 400_000 + "b\n"
-    assert whole(write("wide.txt", text)) == text
+    for space in ("\xa0\u3000" * 400_000, " " * 8_000_000):
+        text = f"a{space}b\n"
+        assert whole(write("wide.txt", text)) == text
 
 
 def test_a_long_last_line_leaves_no_split_empty(write: Write) -> None:
@@ -333,12 +334,22 @@ def test_a_tar_is_read_or_named_whatever_its_compression_and_damage(tmp_path: Pa
 def test_a_tar_is_a_tar_though_its_last_member_be_a_zip(tmp_path: Path) -> None:
     inner = make_zip(tmp_path / "notes.zip", {"old.txt": b"other text\n"}).read_bytes()
     with tarfile.open(tmp_path / "corpus.tar", "w:") as archive:
-        for name, content in (SPLIT_FILES | {"notes.zip": inner}).items():
+        for name, content in ({"PK.txt": b"x"} | SPLIT_FILES | {"notes.zip": inner}).items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
     corpus = open_corpus(str(tmp_path / "corpus.tar"))
     assert "".join(read_text(corpus, "train")) == "train text here\n"
+
+
+def test_what_stands_before_a_zip_or_behind_a_gz_does_not_matter(tmp_path: Path) -> None:
+    inner = make_zip(tmp_path / "corpus.zip", SPLIT_FILES).read_bytes()
+    (tmp_path / "corpus.exe").write_bytes(b"MZ unpacks itself" + inner)
+    packed = make_tar(tmp_path / "corpus.tar.gz", SPLIT_FILES)
+    packed.write_bytes(packed.read_bytes() + b"and more")
+    for name in ("corpus.exe", "corpus.tar.gz"):
+        corpus = open_corpus(str(tmp_path / name))
+        assert "".join(read_text(corpus, "train")) == "train text here\n"
 
 
 def test_one_file_for_two_splits_is_refused(write: Write, tmp_path: Path) -> None:

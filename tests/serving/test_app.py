@@ -26,7 +26,7 @@ from unrolled.nn.model import LanguageModel
 from unrolled.serving.app import make_app
 from unrolled.serving.engine import _read, _Texts
 from unrolled.serving.limits import Limits
-from unrolled.serving.schema import GenerateRequest, PredictRequest, ScoreRequest
+from unrolled.serving.schema import GenerateRequest, PredictRequest, ScoreRequest, SessionRequest
 from unrolled.serving.service import Service
 from unrolled.serving.writing import Writing
 
@@ -264,6 +264,8 @@ def test_who_encodes_a_long_text_stops_nobody_else(toy_run: unrolled.Run) -> Non
     async def ask() -> list[str]:
         service, done = Service({"toy": toy_run}, Limits()), list[str]()
 
+        session = (await service.begin(SessionRequest(text="the"))).session
+
         async def predict() -> None:
             await service.predict(PredictRequest(prefixes="the"))
             done.append("predicted")
@@ -272,6 +274,7 @@ def test_who_encodes_a_long_text_stops_nobody_else(toy_run: unrolled.Run) -> Non
             waiting = asyncio.ensure_future(predict())
             for _ in range(3):
                 await asyncio.to_thread(service.models)
+            assert service.standing(session).words
             done.append("others")
         await waiting
         service.close()

@@ -40,15 +40,7 @@ def is_archive(path: Path) -> bool:
     Raises:
         UnrolledError: it is a tar, and a bomb.
     """
-    if _is_zip(path):
-        return True
-    try:
-        with _open_tar(path) as archive:
-            return archive.next() is not None
-    except UnrolledError:
-        raise
-    except _DAMAGED:
-        return False
+    return _is_tar(path) or zipfile.is_zipfile(path)
 
 
 def extract(path: Path, choose: Callable[[list[str]], dict[str, str]], folder: Path) -> dict[str, Path]:
@@ -88,7 +80,7 @@ def _members(path: Path) -> Iterator[dict[str, Callable[[], IO[bytes]]]]:
     """
     files: dict[str, Callable[[], IO[bytes]]] = {}
     guard = _Guard(path.name)
-    if _is_zip(path):
+    if zipfile.is_zipfile(path) and not _is_tar(path):  # a tar may end with a zip
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
                 kind = stat.S_IFMT(info.external_attr >> 16)
@@ -106,11 +98,14 @@ def _members(path: Path) -> Iterator[dict[str, Callable[[], IO[bytes]]]]:
             yield files
 
 
-def _is_zip(path: Path) -> bool:
-    """Not one that only ends with a zip, as a tar may whose last member is one."""
-    with path.open("rb") as file:
-        begins = file.read(2) == b"PK"
-    return begins and zipfile.is_zipfile(path)
+def _is_tar(path: Path) -> bool:
+    try:
+        with _open_tar(path) as archive:
+            return archive.next() is not None
+    except UnrolledError:
+        raise
+    except _DAMAGED:
+        return False
 
 
 def _read_to_its_end(archive: tarfile.TarFile) -> None:
@@ -125,8 +120,12 @@ def _read_to_its_end(archive: tarfile.TarFile) -> None:
     stream.seek(archive.offset)
     if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):
         raise tarfile.ReadError("a member's header is damaged")
-    while stream.read(1 << 20):
-        pass
+    try:
+        while stream.read(1 << 20):
+            pass
+    except gzip.BadGzipFile as error:
+        if "Not a gzipped file" not in str(error):  # something behind the end, which gunzip leaves out, too
+            raise
 
 
 @contextmanager

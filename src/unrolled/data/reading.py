@@ -98,19 +98,17 @@ def _raw(part: Split) -> Iterator[tuple[bytes, int]]:
 def _last_word_end(piece: bytes) -> int:
     """Where the white space before the last word begins."""
     words = _without_space(piece)
-    end = max(words.rfind(space) for space in _PLAIN_SPACES) + 1
+    end = len(_without_space(words[: max(words.rfind(space) for space in _PLAIN_SPACES) + 1]))
     if not end:  # to look for all the others takes longer
-        end = max((place + len(space) for space in _WIDE_SPACES if (place := words.rfind(space)) >= 0), default=0)
-    return len(_without_space(words[:end]))
+        after = max((place + len(space) for space in _WIDE_SPACES if (place := words.rfind(space)) >= 0), default=0)
+        end = len(_without_space(words[:after]))
+    return end
 
 
 def _without_space(piece: bytes) -> bytes:
     """`piece` without the white space that it ends in, beyond ASCII too."""
-    end = len(piece)
-    while end:
-        length = next((n for n in (1, 2, 3) if piece[max(end - n, 0) : end] in _SPACES), 0)
-        if not length:
-            break
+    end = len(piece.rstrip())
+    while end and (length := next((n for n in (1, 2, 3) if piece[max(end - n, 0) : end] in _SPACES), 0)):
         end -= length
     return piece[:end]
 

@@ -136,7 +136,10 @@ def _train(
 ) -> Run:
     """The training of a run folder that is there, locked, from its beginning or its resume point."""
     training = recipe.training
-    torch.manual_seed(training.seed)
+    torch.default_generator.manual_seed(training.seed)  # and not those of all other devices
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(training.seed)
     model = build_model(recipe.model, len(dataset.tokenizer)).to(device)
     keeper = Keeper(path, folder.read_manifest(path).get("id"), training, model, make_optimizer(model, training))
     position = keeper.position

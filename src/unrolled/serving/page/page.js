@@ -274,7 +274,7 @@ function replace(text) {
 function accept(reader, word) {
   const text = at("text").value;
   if (reader.of !== text) return; // the suggestions are for another text
-  if (word.includes("\ufffd")) return (at("said").textContent = "that is a part of a character");
+  if (["byte", "bpe"].includes(reader.model.tokens) && word.includes("\ufffd")) return (at("said").textContent = "that is a part of a character");
   at("said").textContent = `took ${visible(word)}`;
   if (reader.model.tokens !== "word") return replace(text + word);
   const [whole] = reader.split(text);

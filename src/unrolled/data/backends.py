@@ -84,13 +84,13 @@ def bpe_backend(lines: Iterable[str], size: int, min_count: int) -> Backend:
         initial_alphabet=BYTE_TOKENS,
         show_progress=False,
     )
-    backend.train_from_iterator(map(_with_long_words_cut, lines), trainer)  # faster than by the library
+    backend.train_from_iterator(map(_with_long_runs_cut, lines), trainer)  # faster than by the library
     backend.pre_tokenizer = bpe_pre_tokenizer(long_words=True)
     return backend
 
 
-def _with_long_words_cut(text: str) -> str:
-    """And long white space, over either of which the library takes quadratic time when it learns."""
+def _with_long_runs_cut(text: str) -> str:
+    """Words and white space in parts of a bounded length, for the library learns in quadratic time over either."""
     text = _LONG_SPACE.sub("\\g<0>\n", text)
     if max(map(len, text.split()), default=0) < LONGEST_BPE_WORD:
         return text

@@ -1,7 +1,7 @@
 """A corpus as ids: memory-mapped, in the smallest integer type, in a cache keyed by the hash of the text.
 
-A second start only hashes text and ids, and memory does not grow with the corpus, but with the
-distinct words of one whose vocabulary is learnt.
+A second start only hashes text and ids, and memory does not grow with the corpus, but for the distinct
+words of one whose vocabulary is learnt.
 """
 
 import hashlib

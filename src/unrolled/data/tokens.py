@@ -140,9 +140,9 @@ class Tokenizer:
         """The text of one token: a word, a character, or the bytes of a piece (which may not be whole characters)."""
         if self.unit in ("word", "character"):
             return self.vocabulary[id]
-        return self.bytes(id).decode(errors="replace")
+        return self.bytes_of(id).decode(errors="replace")
 
-    def bytes(self, id: int) -> bytes:
+    def bytes_of(self, id: int) -> bytes:
         """The bytes of one token of bytes or BPE."""
         return bytes(BYTE_OF[character] for character in self.vocabulary[id])
 
@@ -173,7 +173,7 @@ class Tokenizer:
         if self.unit == "character":
             return self.vocabulary.__getitem__
         utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        return lambda id: utf8.decode(self.bytes(id))
+        return lambda id: utf8.decode(self.bytes_of(id))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids."""
@@ -191,7 +191,7 @@ class Tokenizer:
         elif self.unit == "character":
             return int(counts.sum())
         else:
-            lengths = [sum(byte & 0xC0 != 0x80 for byte in self.bytes(id)) for id in range(len(self))]
+            lengths = [sum(byte & 0xC0 != 0x80 for byte in self.bytes_of(id)) for id in range(len(self))]
         return int(counts @ np.array(lengths, dtype=np.int64))
 
     def to_json(self) -> str:

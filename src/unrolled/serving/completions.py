@@ -181,9 +181,9 @@ class Completing:
         tokenizer, token = self.run.tokenizer, self.run.tokenizer.token(id)
         if tokenizer.unit == "word":
             return "\n" if token == "<eos>" else token if at_line_start else f" {token}"
-        if "\ufffd" not in token or tokenizer.unit == "character":
+        if tokenizer.unit == "character" or token.encode() == tokenizer.bytes_of(id):
             return token
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in tokenizer.bytes(id))  # as OpenAI has parts of characters
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in tokenizer.bytes_of(id))  # OpenAI's parts of characters
 
     async def steps(self) -> AsyncIterator[Choice]:
         """What each token adds to each choice; the last of a choice has its reason to finish."""

@@ -107,7 +107,7 @@ class Reader {
     return [text.slice(0, text.length - typed.length), typed];
   }
 
-  async read(text, again = false) {
+  async read(text, anew = false) {
     const [whole, typed] = this.split(text);
     const grows = this.session && whole.startsWith(this.text) && (this.model.tokens !== "bpe" || whole === this.text);
     if (!grows) {
@@ -117,9 +117,9 @@ class Reader {
     if (grows || typed) {
       const more = { text: whole.slice(this.text.length), k: K, typed: typed.slice(0, LONGEST_TYPED) };
       const answer = await post(`sessions/${this.session}`, more).catch((error) => {
-        if (error.status !== 404 || again) throw error;
+        if (error.status !== 404 || anew) throw error;
       });
-      if (!again && answer?.tokens !== this.tokens.length + answer?.read.length) {
+      if (!anew && answer?.tokens !== this.tokens.length + answer?.read.length) {
         this.leave(); // it has expired, or an answer of it was lost: once more from the beginning
         return this.read(text, true);
       }

@@ -40,7 +40,14 @@ app.command(kernels_app)
 app.command("unrolled.commands.training:train", name="train", help=TRAIN)
 for command in (measuring.evaluate, measuring.bench, using.score, using.predict, using.generate, using.serve):
     app.command(command)
-for command in (looking.inspect, looking.embeddings, looking.report, looking.repair, looking.recipes):
+for command in (
+    looking.inspect,
+    looking.embeddings,
+    looking.report,
+    looking.export,
+    looking.repair,
+    looking.recipes,
+):
     app.command(command)
 for name, command in (
     ("list", looking.data_list),

@@ -27,7 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "metrics": set(),
     "folder": {"recipe", "data", "kernels/build", "metrics"},
     "repair": {"folder", "metrics", "training/resume"},
-    "run": {"recipe", "data", "nn", "inference", "folder", "kernels/build"},
+    "export": {"data/tokens", "nn"},
+    "run": {"recipe", "data", "nn", "inference", "folder", "kernels/build", "export"},
     "training": {
         "training",
         "recipe",
@@ -152,6 +153,7 @@ ON_DISK = {
     "cli",
     "pictures",
     "report",
+    "export",
     "kernels/build",
     "serving/app",
 }

@@ -72,7 +72,7 @@ ORDER = {
     "kernels": ["build", "ops", "update", "step"],
     "nn": ["cells", "rounding", "unroll", "loss", "dropout", "model", "stream"],
     "commands": ["kinds", "training", "measuring", "using", "looking"],
-    "training": ["optim", "resume", "start", "stop", "loop"],
+    "training": ["optim", "distributed", "resume", "start", "stop", "loop"],
     "serving": [
         "schema",
         "limits",

@@ -41,12 +41,17 @@ def train(
         No progress.
     """
     from unrolled.progress import Display
+    from unrolled.training.distributed import is_first
 
+    reports = is_first()  # of the processes that torchrun started
     changes = {name.replace("__", "."): value for name, value in vars(options).items()}
     changes = {name: value for name, value in changes.items() if value is not None}
-    with Display(quiet=quiet, on_epoch=print_epoch if json else None) as display:
+    with Display(quiet=quiet or not reports, on_epoch=print_epoch if json else None) as display:
         run = unrolled.train(recipe, data=data, out=out, resume=resume, changes=changes, progress=display)
-    if run.manifest["status"] == "stopped":
+    stopped = run.manifest["status"] == "stopped"
+    if not reports:
+        return 130 * stopped
+    if stopped:
         notice(f"stopped after step {run.manifest['steps']:,}; go on with: unrolled train --resume --out {run.path}")
         return 130
     if json:

@@ -12,6 +12,7 @@ Ids that do not fill a whole row of streams or a whole last window are dropped, 
 """
 
 from collections.abc import Iterator
+from copy import copy
 from typing import final
 
 import numpy as np
@@ -76,6 +77,12 @@ class Windows:
         """Inputs and targets of the windows from `begin` up to `end`, ((end - begin) T + 1, B)."""
         rows = self.streams[:, begin * self.num_steps : end * self.num_steps + 1].astype(np.int64)
         return torch.from_numpy(rows).t().contiguous()
+
+    def part(self, streams: slice) -> "Windows":
+        """The same windows of some of the streams."""
+        part = copy(self)
+        part.streams = self.streams[streams]
+        return part
 
     @property
     def targets(self) -> np.ndarray:

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from unrolled.nn.unroll import LayerStates, detach
 from unrolled.recipe import Recipe, Training, load_recipe
 from unrolled.run import Run, build_model, load, pick_device, refuse_what_cannot_fit
 from unrolled.training import start
+from unrolled.training.distributed import ALONE, Ranks, joined_ranks
 from unrolled.training.optim import clip_and_step, learning_rate, make_optimizer
 from unrolled.training.resume import Keeper, Position
 from unrolled.training.start import Progress, note
 from unrolled.training.stop import StopRequest
 
 _MOST_NGRAMS = 1 << 24
+_SEEDS_APART = 1_000_003
 
 
 def run_epoch(
@@ -37,8 +40,10 @@ def run_epoch(
     training: Training,
     position: Position,
     after_step: Callable[[LayerStates, dict[str, float]], bool],
+    ranks: Ranks = ALONE,
 ) -> LayerStates:
-    """One pass over the training text from `position` on, which it moves along.
+    """One pass over the training text from `position` on, which it moves along. Of several processes each has windows
+    of its own streams, and all take the same steps.
 
     A step whose loss or gradient is not finite is not taken: weights and state stay as they were, and it is counted.
     `after_step(states, figures)` is called after each step; the pass is broken off where it returns False.
@@ -52,9 +57,10 @@ def run_epoch(
             group["lr"] = rate
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             nll, count, after = model.nll(inputs.to(device), targets.to(device), detach(states))  # summed nats, tokens
-        nll_nats, grad_norm = nll.item(), math.nan
+        (nll_nats, tokens), grad_norm = ranks.sum(nll.item(), count), math.nan
         if math.isfinite(nll_nats):
             (nll / training.batch_size).backward()  # the references' scale: summed over time, averaged over streams
+            ranks.sum_gradients(model.parameters())
             grad_norm = clip_and_step(optimizer, training.max_grad_norm, training.norm_convention)
 
         position.window += 1
@@ -62,11 +68,11 @@ def run_epoch(
         if math.isfinite(grad_norm):
             states, position.skipped_in_a_row = after, 0
             position.nll_nats += nll_nats
-            position.tokens += count
+            position.tokens += int(tokens)
         else:
             position.skipped_in_a_row += 1
             position.skipped += 1
-        figures = {"nll_nats_per_token": nll_nats / count, "learning_rate": rate, "grad_norm": grad_norm}
+        figures = {"nll_nats_per_token": nll_nats / tokens, "learning_rate": rate, "grad_norm": grad_norm}
         if not after_step(states, figures):
             break
     return detach(states)
@@ -95,6 +101,9 @@ def train(
         The run, with its best weights; `run.manifest["status"]` is "done", or "stopped" where it was broken off: the
         signal that asked for it is not passed on. PyTorch's random generators stand where they stood.
 
+    Of several processes, as `torchrun` starts them, each trains on its share of the streams; the first alone writes,
+    and tells `progress`.
+
     Raises:
         UnrolledError: bad input, or losses that stay without bound; what was trained so far is kept.
     """
@@ -109,19 +118,27 @@ def train(
     for name in (recipe.data.corpus, str(path)):
         start.refuse_undecodable(name)
     changes = {name: recipe.value(name) for name in changes}
-    device = pick_device(recipe.training.device)
-    recipe = recipe.changed({"training.precision": start.settle_precision(recipe.training.precision, device)})
-    dataset = start.resumed_dataset(path, recipe, changes) if resume else start.make_dataset(recipe, progress)
-    windows = Windows(dataset.ids["train"], recipe.training.batch_size, recipe.training.num_steps)
-    refuse_what_cannot_fit(start.memory_needed(recipe, len(dataset.tokenizer)))
-    if out is None and not resume:
-        path = folder.reserve(recipe.name)
-    with folder.locked(path):
-        folder.sweep(path)
-        if not resume:
-            folder.create(path, recipe, changes, dataset, start.identity(recipe, dataset), start.kernels_on(device))
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            return _train(path, recipe, changes, dataset, windows, device, resume, progress)
+    with joined_ranks(recipe.training.device) as (ranks, device_name):
+        start.refuse_shares(recipe, ranks)
+        progress = progress if ranks.is_first else lambda event: None
+        device = pick_device(device_name)
+        recipe = recipe.changed({"training.precision": start.settle_precision(recipe.training.precision, device)})
+        with ranks.first_ahead():
+            dataset = start.resumed_dataset(path, recipe, changes) if resume else start.make_dataset(recipe, progress)
+        windows = Windows(dataset.ids["train"], recipe.training.batch_size, recipe.training.num_steps)
+        refuse_what_cannot_fit(start.memory_needed(recipe, len(dataset.tokenizer)))
+        if ranks.is_first and out is None and not resume:
+            path = folder.reserve(recipe.name)
+        path = Path(ranks.told(str(path)))
+        with folder.locked(path) if ranks.is_first else nullcontext():
+            if ranks.is_first:
+                folder.sweep(path)
+                if not resume:
+                    id, kernels = start.identity(recipe, dataset), start.kernels_on(device)
+                    folder.create(path, recipe, changes, dataset, id, kernels)
+            ranks.wait()
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                return _train(path, recipe, changes, dataset, windows, device, resume, progress, ranks)
 
 
 def _train(
@@ -133,19 +150,21 @@ def _train(
     device: torch.device,
     resume: bool,
     progress: Progress,
+    ranks: Ranks,
 ) -> Run:
     """The training of a run folder that is there, locked, from its beginning or its resume point."""
     training = recipe.training
-    torch.default_generator.manual_seed(training.seed)  # and not those of all other devices
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(training.seed)
+    start.seed(training.seed, device)
     model = build_model(recipe.model, len(dataset.tokenizer)).to(device)
-    keeper = Keeper(path, folder.read_manifest(path).get("id"), training, model, make_optimizer(model, training))
+    if not ranks.is_first:
+        start.seed((training.seed + ranks.rank * _SEEDS_APART) % (1 << 63), device)  # dropout of its own
+    id = folder.read_manifest(path).get("id")
+    keeper = Keeper(path, id, training, model, make_optimizer(model, training), ranks)
     position = keeper.position
     if resume:
         keeper.go_back()
-        folder.reopen(path, recipe, changes, start.kernels_on(device))
+        if ranks.is_first:
+            folder.reopen(path, recipe, changes, start.kernels_on(device))
         if position.epoch > training.max_epochs:
             progress(note(f"{path} is done; to train on, pass --max-epochs above {training.max_epochs}"))
         else:
@@ -158,25 +177,27 @@ def _train(
     reason = None
     try:
         with StopRequest() as stop:
-            _train_epochs(path, training, dataset, windows, keeper, stop, progress)
+            _train_epochs(path, training, dataset, windows, keeper, stop, progress, ranks)
     except UnrolledError as error:
         reason = str(error)
         raise
     finally:
-        manifest = folder.read_manifest(path) | {
-            "status": "stopped" if position.epoch <= training.max_epochs else "done",
-            "reason": reason,
-            "epochs": position.epoch - 1,
-            "steps": position.step,
-            "skipped_steps": position.skipped,
-            "num_parameters": model.num_parameters(),
-            "training_s": round(position.elapsed_s, 1),
-            "hardware": folder.hardware(device),
-        }
-        folder.write_manifest(path, manifest)
-    if manifest["status"] == "done":
-        manifest["results"] = _results(load(path, str(device)), dataset)
-        folder.write_manifest(path, manifest)
+        if ranks.is_first:
+            manifest = folder.read_manifest(path) | {
+                "status": "stopped" if position.epoch <= training.max_epochs else "done",
+                "reason": reason,
+                "epochs": position.epoch - 1,
+                "steps": position.step,
+                "skipped_steps": position.skipped,
+                "num_parameters": model.num_parameters(),
+                "training_s": round(position.elapsed_s, 1),
+                "hardware": folder.hardware(device) | ({"processes": ranks.world} if ranks.world > 1 else {}),
+            }
+            folder.write_manifest(path, manifest)
+    if ranks.is_first and position.epoch > training.max_epochs:
+        results = {"results": _results(load(path, str(device)), dataset)}
+        folder.write_manifest(path, folder.read_manifest(path) | results)
+    ranks.wait()
     return load(path, str(device))
 
 
@@ -188,6 +209,7 @@ def _train_epochs(
     keeper: Keeper,
     stop: StopRequest,
     progress: Progress,
+    ranks: Ranks,
 ) -> None:
     """Epoch after epoch: train, validate, keep the best weights, save the resume point."""
     model, position = keeper.model, keeper.position
@@ -216,7 +238,7 @@ def _train_epochs(
     def is_due(every: int) -> bool:
         return every > 0 and position.step % every == 0 and position.window < len(windows)
 
-    def after_step(states: LayerStates, figures: dict[str, float]) -> bool:
+    def report(figures: dict[str, float]) -> None:
         tokens_per_second = clock.tokens_per_second()
         record: dict[str, Any] = {
             "step": position.step,
@@ -243,22 +265,18 @@ def _train_epochs(
             append_metrics(path, record)
         place = {"window": position.window, "windows": len(windows), "tokens_an_epoch": windows.num_targets}
         progress({"event": "step", **place, **record})
+
+    def after_step(states: LayerStates, figures: dict[str, float]) -> bool:
         nonlocal stops
-        stops = stop.requested  # asked here alone: nothing ends the training that has not saved it
-        if stops or keeper.is_due():
+        if ranks.is_first:
+            report(figures)
+        # asked here alone: nothing ends the training that has not saved it
+        stops, is_due = ranks.any(stop.requested, ranks.is_first and keeper.is_due())
+        if stops or is_due:
             keeper.save(detach(states))
         return not stops and not keeper.gives_up()
 
-    while position.epoch <= training.max_epochs:
-        clock.start_epoch()
-        if position.window < len(windows):
-            keeper.states = run_epoch(model, keeper.optimizer, windows, keeper.states, training, position, after_step)
-        if keeper.gives_up():
-            progress(note(keeper.roll_back()))
-            clock = _Clock(position)
-            continue
-        if stops:
-            break
+    def epoch_record() -> dict[str, Any]:
         tokens_per_second = clock.tokens_per_second()
         rate = learning_rate(training, position.epoch, position.step - 1, steps_in_all)
         record = {
@@ -272,10 +290,27 @@ def _train_epochs(
             "elapsed_s": clock.read(),
         }
         append_metrics(path, record)
+        return record
+
+    while position.epoch <= training.max_epochs:
+        clock.start_epoch()
+        if position.window < len(windows):
+            ranks.copy_first(model.parameters())
+            share = windows.part(ranks.streams(training.batch_size))
+            states, optimizer = keeper.states, keeper.optimizer
+            keeper.states = run_epoch(model, optimizer, share, states, training, position, after_step, ranks)
+        if keeper.gives_up():
+            progress(note(keeper.roll_back()))
+            clock = _Clock(position)
+            continue
+        if stops:
+            break
+        record = epoch_record() if ranks.is_first else {}
         position.epoch, position.window, position.nll_nats, position.tokens = position.epoch + 1, 0, 0.0, 0
-        keeper.save(model.initial_state(training.batch_size))
+        keeper.save(keeper.zero_states())
         progress({"event": "epoch", "show_sample": training.sample_every > 0, **record})
-    keeper.keep_some()
+    if ranks.is_first:
+        keeper.keep_some()
 
 
 def validate(model: LanguageModel, ids: np.ndarray, training: Training, teacher_forced: bool = True) -> Evaluation:

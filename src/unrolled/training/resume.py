@@ -2,8 +2,8 @@
 
 `last/resume.safetensors` holds the weights, the optimiser's tensors, the random states and the recurrent state; its
 metadata the position: epoch, window, step, the sums of the running epoch, the best validation so far. A training that
-is broken off and goes on from here ends bit for bit where the unbroken one ends (on the CPU, in one process). The point
-before it is kept as `last/previous.safetensors`.
+is broken off and goes on from here ends bit for bit where the unbroken one ends (on the CPU, in as many processes). The
+point before it is kept as `last/previous.safetensors`.
 """
 
 import json
@@ -23,6 +23,7 @@ from unrolled.nn.loss import perplexity
 from unrolled.nn.model import LanguageModel
 from unrolled.nn.unroll import LayerStates
 from unrolled.recipe import Training
+from unrolled.training.distributed import ALONE, Ranks
 
 SAVING_SHARE = 0.02
 """No more of the time than this goes into resume points."""
@@ -73,25 +74,36 @@ def save_point(
     model: LanguageModel,
     optimizer: torch.optim.Optimizer,
     states: LayerStates,
+    ranks: Ranks = ALONE,
 ) -> None:
-    """Writes the resume point of the run `id`, whole or not at all."""
+    """Writes the resume point of the run `id`, whole or not at all; of several processes, with the streams of all."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for number, slot in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in slot.items() if tensor is not None}
     for layer, state in enumerate(states):
-        tensors |= {f"state.{layer}.{part}": tensor for part, tensor in enumerate(state)}
-    tensors["random.cpu"] = torch.get_rng_state()
+        tensors |= {f"state.{layer}.{part}": ranks.join(tensor) for part, tensor in enumerate(state)}
+    for rank, random in enumerate(ranks.join(torch.get_rng_state().unsqueeze(0))):
+        tensors[_random("cpu", rank)] = random
     if model.device.type == "cuda":
-        tensors["random.cuda"] = torch.cuda.get_rng_state(model.device)
+        for rank, random in enumerate(ranks.join(torch.cuda.get_rng_state(model.device).unsqueeze(0))):
+            tensors[_random("cuda", rank)] = random
+    if not ranks.is_first:
+        return
     file, previous = resume_files(run)
     metadata = {"position": json.dumps(asdict(position))} | ({"run": id} if id is not None else {})
     write_tensors(file, tensors, metadata, previous)
 
 
 def load_point(
-    run: Path, id: str | None, model: LanguageModel, optimizer: torch.optim.Optimizer, batch_size: int
+    run: Path,
+    id: str | None,
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    batch_size: int,
+    ranks: Ranks = ALONE,
 ) -> tuple[Position, LayerStates]:
-    """Puts model, optimiser and random states back; returns the position and the recurrent state of so many streams.
+    """Puts model, optimiser and random states back; returns the position and the recurrent state of this process's
+    share of so many streams.
 
     Raises:
         UnrolledError: the resume point is missing, damaged or of another run.
@@ -100,7 +112,9 @@ def load_point(
     file = file if file.is_file() else previous
     tensors, metadata = read_tensors(file, id)
     try:
-        return _put_back(tensors, metadata, model, optimizer, batch_size)
+        position, states = _put_back(tensors, metadata, model, optimizer, batch_size, ranks.rank)
+        own = ranks.streams(batch_size)
+        return position, tuple(tuple(part[own] for part in state) for state in states)
     except (RuntimeError, LookupError, TypeError, ValueError) as error:
         raise UnrolledError(f"{file} does not fit the recipe of its run") from error
 
@@ -114,14 +128,27 @@ class Keeper:
         id: of the run, None of one from before there were any.
         training: says how often to save.
         model, optimizer: what is trained.
+        ranks: who trains it; the first of them writes.
     """
 
     def __init__(
-        self, path: Path, id: str | None, training: Training, model: LanguageModel, optimizer: torch.optim.Optimizer
+        self,
+        path: Path,
+        id: str | None,
+        training: Training,
+        model: LanguageModel,
+        optimizer: torch.optim.Optimizer,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.path, self.id, self.training, self.model, self.optimizer = path, id, training, model, optimizer
-        self.position, self.states = Position(), model.initial_state(training.batch_size)
+        self.ranks, self.position = ranks, Position()
+        self.states = self.zero_states()
         self._saved_at, self._saved_in = time.monotonic(), 0.0
+
+    def zero_states(self) -> LayerStates:
+        """Of this process's streams, at the beginning of an epoch."""
+        streams = self.ranks.streams(self.training.batch_size)
+        return self.model.initial_state(streams.stop - streams.start)
 
     def keep_if_best(self, valid_perplexity: float) -> bool:
         """Writes the weights where none have done better; whether they did."""
@@ -161,19 +188,20 @@ class Keeper:
         self.states, begun = states, time.monotonic()
         if self.position.skipped_in_a_row or not self.is_sound():
             return
-        save_point(self.path, self.id, self.position, self.model, self.optimizer, states)
+        save_point(self.path, self.id, self.position, self.model, self.optimizer, states, self.ranks)
         self._saved_at = time.monotonic()
         self._saved_in = self._saved_at - begun
 
     def go_back(self) -> None:
         """To the resume point; what was recorded since is taken away."""
         size = self.training.batch_size
-        point, self.states = load_point(self.path, self.id, self.model, self.optimizer, size)
+        point, self.states = load_point(self.path, self.id, self.model, self.optimizer, size, self.ranks)
         vars(self.position).update(vars(point))
         weights = self.path / "model.safetensors"
         if weights.is_file() and STAND_IN in read_tensors(weights, self.id)[1]:
             self.position.best_valid_perplexity = None  # the best were lost, so the next are
-        cut_metrics(self.path, point.step, point.epoch)
+        if self.ranks.is_first:
+            cut_metrics(self.path, point.step, point.epoch)
 
     def gives_up(self) -> bool:
         """Whether too many steps in a row could not be taken."""
@@ -206,6 +234,7 @@ def _put_back(
     model: LanguageModel,
     optimizer: torch.optim.Optimizer,
     batch_size: int,
+    rank: int,
 ) -> tuple[Position, LayerStates]:
     weights = _under("model.", tensors)
     if not all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in weights.values()):
@@ -225,9 +254,10 @@ def _put_back(
     if slots and (len(slots) < len(parameters) or any(set(slot) != expected_slots for slot in slots.values())):
         raise ValueError("the optimizer's tensors are not those of its kind")
     optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
-    torch.set_rng_state(tensors["random.cpu"])
-    if "random.cuda" in tensors and model.device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["random.cuda"], model.device)
+    if _random("cpu", rank) in tensors or rank == 0:  # else there were fewer processes
+        torch.set_rng_state(tensors[_random("cpu", rank)])
+    if _random("cuda", rank) in tensors and model.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors[_random("cuda", rank)], model.device)
     parts = {name: tensor.to(model.device) for name, tensor in _under("state.", tensors).items()}
     zero = model.initial_state(batch_size)
     states = tuple(tuple(parts[f"{layer}.{part}"] for part in range(len(state))) for layer, state in enumerate(zero))
@@ -238,6 +268,11 @@ def _put_back(
     if not math.isfinite(position.elapsed_s + position.nll_nats) or position.step > 1 << 53:
         raise ValueError("no training stands there")
     return position, states
+
+
+def _random(device: str, rank: int) -> str:
+    """What a random state goes by."""
+    return f"random.{device}.{rank}" if rank else f"random.{device}"
 
 
 def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

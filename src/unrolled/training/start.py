@@ -18,6 +18,7 @@ from unrolled.kernels.ops import FEW_WORDS
 from unrolled.nn import rounding
 from unrolled.recipe import FIELDS, Recipe, load_recipe
 from unrolled.run import num_parameters
+from unrolled.training.distributed import Ranks
 from unrolled.training.resume import can_resume
 
 Progress = Callable[[dict[str, Any]], object]
@@ -50,6 +51,21 @@ def make_dataset(recipe: Recipe, progress: Progress) -> Dataset:
     if valid.tokens < 2 or dataset.splits["test"].tokens < 2:
         raise UnrolledError(f"{dataset.name} is too short: valid and test take two tokens or more each")
     return dataset
+
+
+def refuse_shares(recipe: Recipe, ranks: Ranks) -> None:
+    """What cannot be shared out among so many processes."""
+    ranks.streams(recipe.training.batch_size)
+    if ranks.world > 1 and recipe.data.corpus == "-":
+        raise UnrolledError(f"standard input reaches one process, not {ranks.world}; name a file with --data")
+
+
+def seed(number: int, device: torch.device) -> None:
+    """PyTorch's generators that a training on this device draws from, and no other device's."""
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(number)
 
 
 def identity(recipe: Recipe, dataset: Dataset) -> str:

@@ -271,8 +271,8 @@ def _train_epochs(
         if ranks.is_first:
             report(figures)
         # asked here alone: nothing ends the training that has not saved it
-        stops, is_due = ranks.any(stop.requested, ranks.is_first and keeper.is_due())
-        if stops or is_due:
+        stops, saves = ranks.any(stop.requested, ranks.is_first and keeper.is_due())
+        if stops or saves:
             keeper.save(detach(states))
         return not stops and not keeper.gives_up()
 

@@ -52,7 +52,9 @@ class Data(Section):
     @model_validator(mode="after")
     def _every_token_needs_an_id(self) -> Self:
         if not self.unknown and self.tokens in ("word", "character") and (self.min_count > 1 or self.vocab_size):
-            raise ValueError("without <unk> the vocabulary has to keep every token: vocab_size 0 and min_count 1")
+            raise ValueError(
+                "without <unk> the vocabulary has to keep every token: --data.vocab-size 0 --data.min-count 1"
+            )
         if self.tokens == "bpe" and self.vocab_size and not 257 <= self.vocab_size <= 1_000_000:
             raise ValueError("vocab_size must be 257 to 1,000,000 for bpe: its 256 bytes and the merges")
         return self

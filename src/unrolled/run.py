@@ -212,14 +212,14 @@ class Run:
             answer["teacher_forced"] = {name: forced[name] for name in names}
         return answer
 
-    def export(self, path: str | os.PathLike[str], int8: bool = False) -> dict[str, Any]:
+    def export(self, path: str | os.PathLike[str] | None = None, int8: bool = False) -> dict[str, Any]:
         """Writes the model, tokenizer and all, as one ONNX file for programs without PyTorch; see `export.export`.
 
         What ONNX Runtime makes of the file is compared with the model first, on the beginning of valid, or, where
         the held-out ids were taken away, on tokens drawn at random.
 
         Args:
-            path: the file.
+            path: the file, NAME.onnx; None is model.onnx, or model-int8.onnx, in the run folder.
             int8: a quarter of the size: weights rounded to 8 bits, row by row.
 
         Returns:
@@ -235,8 +235,9 @@ class Run:
         held_out = (self.folder / "heldout.safetensors").is_file()
         ids, text = self._ids("valid", None, None)[2] if held_out else np.zeros(0), "valid"
         if len(ids) < 2:
-            ids, text = np.random.default_rng(0).integers(0, len(self.tokenizer), 500), "random tokens"
-        return {"run": str(self.path), "checked_on": text} | export(self.model, self.tokenizer, Path(path), ids, int8)
+            ids, text = np.random.default_rng(0).integers(0, len(self.tokenizer), 501), "random"
+        file = Path(path) if path is not None else self.path / ("model-int8.onnx" if int8 else "model.onnx")
+        return {"run": str(self.path), "checked_on": text} | export(self.model, self.tokenizer, file, ids, int8)
 
     def _ids(self, split: str, data: str | None, encoding: str | None) -> tuple[str, str, np.ndarray]:
         """What the ids are of: the corpus, the split; and the ids."""

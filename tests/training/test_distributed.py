@@ -36,7 +36,7 @@ def command(out: Path, changes: dict[str, Any]) -> list[str]:
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(arguments, env=environment(), capture_output=True, text=True, check=True)
+    return subprocess.run(arguments, env=environment(), capture_output=True, text=True, check=True, timeout=300)
 
 
 def environment() -> dict[str, str]:
@@ -75,44 +75,72 @@ def test_two_gpus_go_where_one_goes(tmp_path: Path) -> None:
         torch.testing.assert_close(weights(tmp_path / "two")[name], tensor, rtol=1e-3, atol=1e-4)
 
 
-LONG = SMALL | {"training.batch_size": 41, "training.max_epochs": 2, "model.dropout": 0.2}
+TWO_EPOCHS = SMALL | {
+    "training.batch_size": 41,
+    "training.max_epochs": 2,
+    "training.schedule": "decay",
+    "model.dropout": 0.2,
+}
+MANY_EPOCHS = TWO_EPOCHS | {"training.max_epochs": 50}
+"""Not over before it is broken off."""
 
 
 def test_two_that_are_stopped_go_on_bit_for_bit(tmp_path: Path) -> None:
     """Each has its own streams' state, and its own dropout."""
-    run(command(tmp_path / "unbroken", LONG))
+    run(command(tmp_path / "unbroken", TWO_EPOCHS))
     path = tmp_path / "broken"
-    with subprocess.Popen(command(path, LONG), env=environment(), stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command(path, MANY_EPOCHS), env=environment(), stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         next(line for line in process.stderr if "tokens/s" in line)
         process.send_signal(signal.SIGTERM)
-        assert "go on with: unrolled train --resume" in process.stderr.read()
+        assert f"go on with: torchrun … -m unrolled train --resume --out {path}" in process.stderr.read()
     assert folder.read_manifest(path)["status"] == "stopped"
     point = read_tensors(path / "last/resume.safetensors")[0]
     assert len(point["state.0.0"]) == 41
     assert not torch.equal(point["random.cpu"], point["random.cpu.1"])
-    run([*TORCHRUN, "-m", "unrolled", "train", "--resume", "--out", str(path)])
+    run([*TORCHRUN, "-m", "unrolled", "train", "--resume", "--out", str(path), "--max-epochs", "2"])
     for name, tensor in weights(tmp_path / "unbroken").items():
         assert torch.equal(weights(path)[name], tensor)
 
 
 def test_where_one_is_killed_nothing_is_lost_and_one_alone_can_go_on(tmp_path: Path) -> None:
     path = tmp_path / "run"
-    with subprocess.Popen(command(path, LONG), env=environment(), stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command(path, MANY_EPOCHS), env=environment(), stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         next(line for line in process.stderr if "tokens/s" in line)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         if not children.exists():
-            process.kill()
+            process.terminate()
             pytest.skip("this system does not list a process's children")
         os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
-        assert "another process of this training has ended; --resume goes on" in process.stderr.read()
+        told = process.stderr.read()
+    assert "another process of this training has ended" in told
     manifest = folder.read_manifest(path)
     assert manifest["status"] == "stopped"
     assert "another process" in manifest["reason"]
-    done = unrolled.train(None, out=path, resume=True)
+    done = unrolled.train(None, out=path, resume=True, changes={"training.max_epochs": 2})
     assert done.manifest["status"] == "done"
     assert [record["epoch"] for record in read_metrics(path) if "valid_perplexity" in record] == [1, 2]
+
+
+def test_a_program_may_train_twice_and_two_go_on_where_one_stopped(tmp_path: Path) -> None:
+    """By `unrolled.train`, from a script that torchrun starts: first one anew, then one that a single process began."""
+    begun = TWO_EPOCHS | {"training.max_epochs": 1}
+    unrolled.train("demo", data="toy", out=tmp_path / "second", changes=begun)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import unrolled\n"
+        f"unrolled.train('demo', data='toy', out={str(tmp_path / 'first')!r}, changes={begun!r})\n"
+        f"run = unrolled.train(out={str(tmp_path / 'second')!r}, resume=True, changes={{'training.max_epochs': 2}})\n"
+        "print(run.manifest['status'], flush=True)\n",
+        encoding="utf-8",
+    )
+    assert run([*TORCHRUN, str(script)]).stdout.splitlines() == ["done", "done"]
+    first, second = (read_metrics(tmp_path / name) for name in ("first", "second"))
+    assert first[-1]["train_perplexity"] == pytest.approx(second[len(first) - 1]["train_perplexity"], rel=0.02)
+    assert second[-1]["valid_perplexity"] < first[-1]["valid_perplexity"]
+    point = read_tensors(tmp_path / "second/last/resume.safetensors")[0]
+    assert not torch.equal(point["random.cpu"], point["random.cpu.1"])
 
 
 def test_what_cannot_be_shared_out_is_refused() -> None:

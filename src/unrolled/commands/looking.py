@@ -146,24 +146,24 @@ def export(run: RunFolder, file: Path | None = None, /, *, int8: bool = False, j
     Parameters
     ----------
     file
-        Where to; model.onnx, or model-int8.onnx, in the run folder when left out.
+        Where to, NAME.onnx; model.onnx, or model-int8.onnx, in the run folder when left out.
     int8
         A quarter of the size: weights rounded to 8 bits, row by row.
     """
-    path = file or run / ("model-int8.onnx" if int8 else "model.onnx")
-    if path.is_dir():
-        raise UnrolledError(f"{path} is a folder; name a file in it")
-    made = unrolled.load(run, "cpu").export(path, int8)
+    made = unrolled.load(run, "cpu").export(file, int8)
     if json:
         print_json(made)
         return
     flows = [("in", made["inputs"]), ("out", made["outputs"])]
     rows = [[way, name, " × ".join(map(str, shape))] for way, values in flows for name, shape in values.items()]
     print_table(["", "name", "shape"], rows)
-    print(f"{path}: {made['bytes'] / 2**20:.1f} MiB, {made['weights']}")
+    size, start = f"{made['bytes'] / 2**20:.1f} MiB", made["start_id"]
+    print(f"{made['file']}: {size}, {made['weights']}; the token before a text is {start}")
+    tokens = "random tokens" if made["checked_on"] == "random" else f"tokens of {made['checked_on']}"
     print(
-        f"{made['checked_tokens']:,} tokens of {made['checked_on']}: perplexity {made['perplexity']:.3f}, in ONNX "
-        f"Runtime {made['onnx_perplexity']:.3f}; log-probabilities at most {made['largest_difference_nats']:.1g} apart"
+        f"{made['checked_tokens']:,} {tokens}: perplexity {made['perplexity']:.3f}, in ONNX "
+        f"Runtime {made['onnx_perplexity']:.3f}; with the same weights nothing is more than "
+        f"{made['largest_difference']:.1g} apart"
     )
 
 

@@ -3,6 +3,7 @@
 Imported only when it is asked for: its options are a recipe's fields, and to know those takes half of the time of help.
 """
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from cyclopts import Parameter
 import unrolled
 from unrolled.answers import notice, print_epoch, print_json, print_results
 from unrolled.commands.kinds import Json, Text
+from unrolled.errors import UnrolledError
 from unrolled.options import RecipeOptions
 
 
@@ -41,18 +43,25 @@ def train(
         No progress.
     """
     from unrolled.progress import Display
-    from unrolled.training.distributed import is_first
+    from unrolled.training.distributed import launched_rank
 
-    reports = is_first()  # of the processes that torchrun started
+    rank = launched_rank()
+    reports = not rank
+    if rank is not None:  # torchrun ends all when one has ended; what there is to say is said first
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     changes = {name.replace("__", "."): value for name, value in vars(options).items()}
     changes = {name: value for name, value in changes.items() if value is not None}
     with Display(quiet=quiet or not reports, on_epoch=print_epoch if json else None) as display:
-        run = unrolled.train(recipe, data=data, out=out, resume=resume, changes=changes, progress=display)
+        try:
+            run = unrolled.train(recipe, data=data, out=out, resume=resume, changes=changes, progress=display)
+        except UnrolledError as error:
+            raise error if reports else UnrolledError(f"process {rank}: {error}") from error
     stopped = run.manifest["status"] == "stopped"
     if not reports:
         return 130 * stopped
     if stopped:
-        notice(f"stopped after step {run.manifest['steps']:,}; go on with: unrolled train --resume --out {run.path}")
+        how = "unrolled train" if rank is None else "torchrun … -m unrolled train"
+        notice(f"stopped after step {run.manifest['steps']:,}; go on with: {how} --resume --out {run.path}")
         return 130
     if json:
         print_json({"run": str(run.path), **run.manifest["results"]})

@@ -123,7 +123,7 @@ class Tokenizer:
             known = "".join(sorted(character for character in self._ids if len(character) == 1))
             raise UnrolledError(
                 f"the character {text[int(ids.argmax())]!r} is not in the model's vocabulary, which has no <unk>: "
-                f"{known[:60]}{'…' * (len(known) > 60)}"
+                f"{known[:60]}{' and more' * (len(known) > 60)}; one trained with --data.unknown true reads <unk> there"
             )
         return ids
 

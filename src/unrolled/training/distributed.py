@@ -7,17 +7,21 @@ streams, whoever carried them: another number of processes may go on from it.
 """
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import count
 from typing import final
 
 import torch
 from torch import Tensor, distributed, nn
 
 from unrolled.errors import UnrolledError
+from unrolled.run import pick_device
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_TRAININGS = count()
 _MEETING, _WAITING = timedelta(minutes=5), timedelta(days=1)  # the others wait while the first validates
 
 
@@ -31,8 +35,8 @@ class Ranks:
         device: where tensors are exchanged.
     """
 
-    def __init__(self, rank: int = 0, world: int = 1, device: str = "cpu") -> None:
-        self.rank, self.world, self.device = rank, world, torch.device(device)
+    def __init__(self, rank: int = 0, world: int = 1, device: torch.device = torch.device("cpu")) -> None:  # noqa: B008
+        self.rank, self.world, self.device = rank, world, device
 
     @property
     def is_first(self) -> bool:
@@ -84,7 +88,7 @@ class Ranks:
                 ids, rows = self.join(gradient._indices()[0]), self.join(gradient._values())
                 parameter.grad = torch.sparse_coo_tensor(ids.unsqueeze(0), rows, gradient.shape, check_invariants=False)
             else:
-                self._summed(gradient)
+                parameter.grad = self._summed(gradient.contiguous())
 
     def copy_first(self, tensors: Iterable[Tensor]) -> None:
         """The first one's values take the place of all others'."""
@@ -122,37 +126,46 @@ class Ranks:
 ALONE = Ranks()
 
 
-def is_first() -> bool:
-    """Whether this process reports: it is alone, or the first of those that train together."""
-    return not _is_launched() or os.environ["RANK"] == "0"
+def launched_rank() -> int | None:
+    """Which of those that `torchrun` started this process is; None where there are none."""
+    return int(os.environ["RANK"]) if _is_launched() else None
 
 
 @contextmanager
-def joined_ranks(device: str) -> Iterator[tuple[Ranks, str]]:
+def joined_ranks(name: str) -> Iterator[tuple[Ranks, torch.device]]:
     """This process among those that `torchrun` started, and its device; alone where there are none.
 
     Args:
-        device: that of the recipe. Where it is a GPU without a number, each process of a machine takes its own.
+        name: of the device, the recipe's. Where it is a GPU without a number, each process of a machine takes its own.
 
     Raises:
-        UnrolledError: the others do not come.
+        UnrolledError: there is no such device, or the others do not come.
     """
     if not _is_launched():
-        yield ALONE, device
+        yield ALONE, pick_device(name)
         return
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    if on_gpu and ":" not in device:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
+    if name.startswith("cuda:") and os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
+        raise UnrolledError(f"{name} is one GPU; with --device cuda each process takes its own")
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = pick_device(name)
+    gpu = device if device.type == "cuda" else None
+    if gpu:
+        torch.cuda.set_device(gpu)
     try:
         store, _, _ = next(distributed.rendezvous("env://", rank, world, timeout=_MEETING))
-        backend = "nccl" if on_gpu else "gloo"
-        distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_WAITING)
+        store.set_timeout(_WAITING)
+        # lest a second training finds what the first has left there
+        store = distributed.PrefixStore(f"unrolled/{next(_TRAININGS)}", store)
+        backend = "nccl" if gpu else "gloo"
+        distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=world, timeout=_WAITING, device_id=gpu
+        )
     except (RuntimeError, ValueError) as error:
         raise UnrolledError(f"the {world} processes of this training do not find each other: {error}") from error
     try:
-        yield Ranks(rank, world, device if on_gpu else "cpu"), device
+        yield Ranks(rank, world, device), device
     finally:
         distributed.destroy_process_group()
 
@@ -166,5 +179,8 @@ def _exchange() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        told = "another process of this training has ended; --resume goes on from what was saved"
-        raise UnrolledError(told) from error
+        reason = re.sub(r"^\[[^\]]*\] ", "", str(error)).partition(". ")[0].partition("\n")[0]
+        raise UnrolledError(
+            f"another process of this training has ended, or cannot be reached ({reason}); "
+            "unrolled train --resume goes on from the last save, if there is one"
+        ) from error

@@ -20,11 +20,11 @@ from unrolled.metrics import append_metrics, read_metrics
 from unrolled.nn.model import LanguageModel
 from unrolled.nn.unroll import LayerStates, detach
 from unrolled.recipe import Recipe, Training, load_recipe
-from unrolled.run import Run, build_model, load, pick_device, refuse_what_cannot_fit
+from unrolled.run import Run, build_model, load, refuse_what_cannot_fit
 from unrolled.training import start
 from unrolled.training.distributed import ALONE, Ranks, joined_ranks
 from unrolled.training.optim import clip_and_step, learning_rate, make_optimizer
-from unrolled.training.resume import Keeper, Position
+from unrolled.training.resume import Keeper, Position, seed
 from unrolled.training.start import Progress, note
 from unrolled.training.stop import StopRequest
 
@@ -118,10 +118,9 @@ def train(
     for name in (recipe.data.corpus, str(path)):
         start.refuse_undecodable(name)
     changes = {name: recipe.value(name) for name in changes}
-    with joined_ranks(recipe.training.device) as (ranks, device_name):
+    with joined_ranks(recipe.training.device) as (ranks, device):
         start.refuse_shares(recipe, ranks)
         progress = progress if ranks.is_first else lambda event: None
-        device = pick_device(device_name)
         recipe = recipe.changed({"training.precision": start.settle_precision(recipe.training.precision, device)})
         with ranks.first_ahead():
             dataset = start.resumed_dataset(path, recipe, changes) if resume else start.make_dataset(recipe, progress)
@@ -154,11 +153,11 @@ def _train(
 ) -> Run:
     """The training of a run folder that is there, locked, from its beginning or its resume point."""
     training = recipe.training
-    start.seed(training.seed, device)
+    seed(training.seed, device)
     model = build_model(recipe.model, len(dataset.tokenizer)).to(device)
     if not ranks.is_first:
-        start.seed((training.seed + ranks.rank * _SEEDS_APART) % (1 << 63), device)  # dropout of its own
-    id = folder.read_manifest(path).get("id")
+        seed(training.seed + ranks.rank * _SEEDS_APART, device)  # dropout of its own
+    id = ranks.told((folder.read_manifest(path).get("id") or "") if ranks.is_first else "") or None
     keeper = Keeper(path, id, training, model, make_optimizer(model, training), ranks)
     position = keeper.position
     if resume:
@@ -172,28 +171,29 @@ def _train(
     else:
         keeper.save(keeper.states)  # so that there is a resume point from the first moment
     progress(note(f"{path}: {model.num_parameters():,} parameters, {windows.num_targets:,} tokens an epoch, {device}"))
-    start.say_kernels(path, device, recipe, progress)
+    if ranks.is_first:
+        start.say_kernels(path, device, recipe, progress)
 
     reason = None
-    try:
-        with StopRequest() as stop:
+    with StopRequest() as stop:
+        try:
             _train_epochs(path, training, dataset, windows, keeper, stop, progress, ranks)
-    except UnrolledError as error:
-        reason = str(error)
-        raise
-    finally:
-        if ranks.is_first:
-            manifest = folder.read_manifest(path) | {
-                "status": "stopped" if position.epoch <= training.max_epochs else "done",
-                "reason": reason,
-                "epochs": position.epoch - 1,
-                "steps": position.step,
-                "skipped_steps": position.skipped,
-                "num_parameters": model.num_parameters(),
-                "training_s": round(position.elapsed_s, 1),
-                "hardware": folder.hardware(device) | ({"processes": ranks.world} if ranks.world > 1 else {}),
-            }
-            folder.write_manifest(path, manifest)
+        except UnrolledError as error:
+            reason = str(error)
+            raise
+        finally:
+            if ranks.is_first:
+                manifest = folder.read_manifest(path) | {
+                    "status": "stopped" if position.epoch <= training.max_epochs else "done",
+                    "reason": reason,
+                    "epochs": position.epoch - 1,
+                    "steps": position.step,
+                    "skipped_steps": position.skipped,
+                    "num_parameters": model.num_parameters(),
+                    "training_s": round(position.elapsed_s, 1),
+                    "hardware": folder.hardware(device) | ({"processes": ranks.world} if ranks.world > 1 else {}),
+                }
+                folder.write_manifest(path, manifest)
     if ranks.is_first and position.epoch > training.max_epochs:
         results = {"results": _results(load(path, str(device)), dataset)}
         folder.write_manifest(path, folder.read_manifest(path) | results)
@@ -305,6 +305,8 @@ def _train_epochs(
             continue
         if stops:
             break
+        if ranks.world > 1:  # torchrun waits 30 s after a signal, and the validation may take longer
+            keeper.save(keeper.states)
         record = epoch_record() if ranks.is_first else {}
         position.epoch, position.window, position.nll_nats, position.tokens = position.epoch + 1, 0, 0.0, 0
         keeper.save(keeper.zero_states())

@@ -254,10 +254,6 @@ def _put_back(
     if slots and (len(slots) < len(parameters) or any(set(slot) != expected_slots for slot in slots.values())):
         raise ValueError("the optimizer's tensors are not those of its kind")
     optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
-    if _random("cpu", rank) in tensors or rank == 0:  # else there were fewer processes
-        torch.set_rng_state(tensors[_random("cpu", rank)])
-    if _random("cuda", rank) in tensors and model.device.type == "cuda":
-        torch.cuda.set_rng_state(tensors[_random("cuda", rank)], model.device)
     parts = {name: tensor.to(model.device) for name, tensor in _under("state.", tensors).items()}
     zero = model.initial_state(batch_size)
     states = tuple(tuple(parts[f"{layer}.{part}"] for part in range(len(state))) for layer, state in enumerate(zero))
@@ -267,7 +263,21 @@ def _put_back(
     position = TypeAdapter(Position).validate_json(metadata["position"])
     if not math.isfinite(position.elapsed_s + position.nll_nats) or position.step > 1 << 53:
         raise ValueError("no training stands there")
+    if _random("cpu", rank) in tensors or rank == 0:
+        torch.set_rng_state(tensors[_random("cpu", rank)])
+        if _random("cuda", rank) in tensors and model.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors[_random("cuda", rank)], model.device)
+    else:  # there were fewer processes; what this one drew at the beginning it is not to draw again
+        seed(torch.initial_seed() + position.step, model.device)
     return position, states
+
+
+def seed(number: int, device: torch.device) -> None:
+    """PyTorch's generators that a training on this device draws from, and no other device's."""
+    torch.default_generator.manual_seed(number % (1 << 63))
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(number % (1 << 63))
 
 
 def _random(device: str, rank: int) -> str:

@@ -60,14 +60,6 @@ def refuse_shares(recipe: Recipe, ranks: Ranks) -> None:
         raise UnrolledError(f"standard input reaches one process, not {ranks.world}; name a file with --data")
 
 
-def seed(number: int, device: torch.device) -> None:
-    """PyTorch's generators that a training on this device draws from, and no other device's."""
-    torch.default_generator.manual_seed(number)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(number)
-
-
 def identity(recipe: Recipe, dataset: Dataset) -> str:
     """What a run's files are known by: the recipe as it began, and the text. Who shares it comes to the same bits."""
     fixed = {name: recipe.value(name) for name in FIELDS if name != "data.corpus"}

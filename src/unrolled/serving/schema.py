@@ -259,7 +259,7 @@ class MapAnswer(Answer):
     """The commonest tokens, and where they lie on a map that puts those alike near each other."""
 
     tokens: list[str]
-    places: list[tuple[float, float]]
+    places: list[Annotated[list[float], Field(min_length=2, max_length=2)]]
 
 
 class CurvesAnswer(Answer):

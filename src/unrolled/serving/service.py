@@ -280,7 +280,7 @@ class Service:
         except Exception:
             self._maps.pop(key, None)
             raise
-        return schema.MapAnswer(model=name, tokens=tokens, places=[(float(x), float(y)) for x, y in places])
+        return schema.MapAnswer(model=name, tokens=tokens, places=[[float(x), float(y)] for x, y in places])
 
     def curves(self, name: str) -> schema.CurvesAnswer:
         """How the training of a model went."""

@@ -199,7 +199,9 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
         table.add_row(*map(Cell, row))
     console = Console(highlight=False)
     console.width = console.width if console.is_terminal else 200
-    console.print(table)
+    with console.capture() as drawn:
+        console.print(table)
+    print(*(line.rstrip(" ") for line in drawn.get().removesuffix("\n").split("\n")), sep="\n")
 
 
 def print_json(answer: dict[str, Any]) -> None:

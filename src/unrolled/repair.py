@@ -103,12 +103,17 @@ def _weights(path: Path, manifest: dict[str, Any]) -> Finding:
     _set_aside(file)
     tensors, _ = folder.read_tensors(point)
     weights = {name.removeprefix("model."): part for name, part in tensors.items() if name.startswith("model.")}
-    position, id = _position(point), manifest.get("id")
-    if manifest.pop("results", None):  # before the weights that they are not of, lest a kill leaves both
-        folder.write_manifest(path, manifest)
-    epoch = position["epoch"] - (position["window"] == 0)
-    folder.write_tensors(file, weights, {"epoch": str(epoch), STAND_IN: "yes"} | ({"run": id} if id else {}))
-    remark = f"those of step {position['step']:,}, not of the best validation; its results are taken away"
+    position, id, best_step = _position(point), manifest.get("id"), manifest.get("results", {}).get("best_step")
+    step, between_epochs = position["step"], position["window"] == 0
+    metadata = {"epoch": str(position["epoch"] - between_epochs)} | ({"run": id} if id else {})
+    if between_epochs and step == best_step:
+        remark = f"those of step {step:,}, which had the best validation"
+    else:
+        remark, metadata = f"those of step {step:,}, not of the best validation", metadata | {STAND_IN: "yes"}
+        if manifest.pop("results", None):  # before the weights that they are not of, lest a kill leaves both
+            folder.write_manifest(path, manifest)
+            remark += "; its results are taken away"
+    folder.write_tensors(file, weights, metadata)
     return Finding(file.name, "repaired", remark)
 
 

@@ -217,9 +217,26 @@ def test_files_of_a_run_of_another_length_are_refused(tmp_path: Path) -> None:
     assert [finding.state for finding in repair(long) if finding.file == "model.safetensors"] == ["repaired"]
 
 
+def test_where_the_last_epoch_was_the_best_a_repair_loses_nothing(copy: Path) -> None:
+    run = unrolled.load(copy)
+    before = {name: tensor.clone() for name, tensor in weights(copy).items()}
+    results = run.manifest["results"]
+    assert results["best_epoch"] == run.manifest["epochs"]
+    (copy / "model.safetensors").write_bytes(b"x")
+    (finding,) = (finding for finding in repair(copy) if finding.file == "model.safetensors")
+    assert finding.remark == f"those of step {results['best_step']:,}, which had the best validation"
+    for name, tensor in before.items():
+        assert torch.equal(weights(copy)[name], tensor)
+    assert unrolled.load(copy).manifest["results"] == results
+    assert unrolled.load(copy).evaluate()["nll_nats"] == results["test"]["nll_nats"]
+
+
+WORSE = {"training.schedule": "exponential", "training.learning_rate": 0.003, "training.final_learning_rate": 0.9}
+"""From epoch to epoch."""
+
+
 def test_results_are_those_of_the_weights_even_after_a_repair(tmp_path: Path) -> None:
-    worse = {"training.schedule": "exponential", "training.learning_rate": 0.003, "training.final_learning_rate": 0.9}
-    run = unrolled.train("demo", data="toy", out=tmp_path / "run", changes=SMALL | worse)
+    run = unrolled.train("demo", data="toy", out=tmp_path / "run", changes=SMALL | WORSE)
     assert run.manifest["results"]["best_epoch"] == 1
     (run.path / "model.safetensors").write_bytes(b"x")
     repair(run.path)
@@ -232,8 +249,10 @@ def test_results_are_those_of_the_weights_even_after_a_repair(tmp_path: Path) ->
 
 
 def test_a_repair_that_is_broken_off_leaves_no_results_of_other_weights(
-    copy: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    copy = tmp_path / "run"
+    unrolled.train("demo", data="toy", out=copy, changes=SMALL | WORSE)
     (copy / "model.safetensors").write_bytes(b"x")
 
     def broken_off(*arguments: object) -> None:

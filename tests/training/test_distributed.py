@@ -19,7 +19,16 @@ from unrolled.recipe import load_recipe
 from unrolled.training.distributed import ALONE, Ranks
 from unrolled.training.start import refuse_shares
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--local-addr",
+    "127.0.0.1",
+    "--nproc-per-node",
+    "2",
+]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"} | ({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})
 SMALL = {"model.embedding_size": 12, "model.hidden_sizes": "16", "training.precision": "f32"}
 ODD = SMALL | {"training.batch_size": 201, "training.num_steps": 9, "training.max_epochs": 1, "model.dropout": 0.0}

@@ -1,5 +1,6 @@
 """Several processes train as one does: started as a user starts them, by torchrun."""
 
+import json
 import os
 import signal
 import socket
@@ -150,6 +151,25 @@ def test_a_program_may_train_twice_and_two_go_on_where_one_stopped(tmp_path: Pat
     assert second[-1]["valid_perplexity"] < first[-1]["valid_perplexity"]
     point = read_tensors(tmp_path / "second/last/resume.safetensors")[0]
     assert not torch.equal(point["random.cpu"], point["random.cpu.1"])
+
+
+def test_a_kill_within_the_validation_loses_no_step(tmp_path: Path) -> None:
+    """torchrun kills 30 s after a signal, however long the validation takes."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, signal, unrolled\n"
+        "from unrolled.training import loop\n"
+        "loop.validate = lambda *rest: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"unrolled.train('demo', data='toy', out={str(tmp_path / 'run')!r}, changes={TWO_EPOCHS!r})\n",
+        encoding="utf-8",
+    )
+    ended = subprocess.run([*TORCHRUN, str(script)], env=environment(), capture_output=True, check=False, timeout=300)
+    assert ended.returncode != 0
+    position = json.loads(read_tensors(tmp_path / "run/last/resume.safetensors")[1]["position"])
+    assert position["epoch"] == 1
+    assert position["step"] == position["window"] == (145_044 // 41 - 1) // 20
+    done = unrolled.train(None, out=tmp_path / "run", resume=True)
+    assert [record["epoch"] for record in read_metrics(done.path) if "valid_perplexity" in record] == [1, 2]
 
 
 def test_what_cannot_be_shared_out_is_refused() -> None:

@@ -55,7 +55,9 @@ def train(
         try:
             run = unrolled.train(recipe, data=data, out=out, resume=resume, changes=changes, progress=display)
         except UnrolledError as error:
-            raise error if reports else UnrolledError(f"process {rank}: {error}") from error
+            if reports:
+                raise
+            raise UnrolledError(f"process {rank}: {error}") from error
     stopped = run.manifest["status"] == "stopped"
     if not reports:
         return 130 * stopped

@@ -21,7 +21,7 @@ from unrolled.data.tokens import Tokenizer
 from unrolled.export import OnnxReader, export, onnx_model
 from unrolled.nn.model import LanguageModel
 
-WORDS = ["<eos>", "<unk>", *(f"word{number}" for number in range(11))]
+WORDS = ["<unk>", "word", "<eos>", *(f"word{number}" for number in range(10))]
 MODELS: dict[str, dict[str, Any]] = {
     "lstm": {"hidden_sizes": [7, 5], "embedding_size": 6},
     "lstm, two biases, drawn": {"hidden_sizes": [7], "embedding_size": 6, "join": "add", "draw_layer_biases": True},
@@ -77,7 +77,9 @@ def test_a_file_says_what_the_model_says_window_after_window(options: dict[str, 
 
 
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
-def test_in_eight_bits_every_row_is_within_half_a_step(options: dict[str, Any], tokenizer: Tokenizer) -> None:
+def test_in_eight_bits_every_row_is_within_half_a_step(
+    options: dict[str, Any], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     model = model_of(options)
     with torch.no_grad():
         model.layers[0].weight_hh[1] = 0  # a row of zeros has no scale of its own
@@ -93,12 +95,19 @@ def test_in_eight_bits_every_row_is_within_half_a_step(options: dict[str, Any], 
         assert stored[f"{name}.int8"].dtype == np.int8
         apart = np.abs(stored[f"{name}.int8"] * stored[f"{name}.scale"] - plain[name])
         assert (apart <= stored[f"{name}.scale"] * 0.5001).all()
-    reader = OnnxReader(made.SerializeToString())
+    export(model, tokenizer, tmp_path / "mine.onnx", np.arange(len(WORDS)), int8=True)
+    reader = OnnxReader((tmp_path / "mine.onnx").read_bytes())
     ids = np.arange(len(WORDS))[:, None]
     with torch.inference_mode():
         logits, _ = model(torch.from_numpy(ids), model.initial_state(1))
     apart = np.abs(reader.read(ids) - logits.log_softmax(-1).numpy())
     assert 0 < apart.max() < 0.3
+
+
+def test_the_metadata_hold_the_tokenizer_and_the_token_before_a_text(tokenizer: Tokenizer) -> None:
+    made = onnx_model(model_of(MODELS["lstm"]), tokenizer)
+    found = {entry.key: entry.value for entry in made.metadata_props}
+    assert found == {"tokenizer.json": tokenizer.to_json(), "start_id": "2"}
 
 
 def test_the_command_writes_it_and_says_how_far_apart_they_are(

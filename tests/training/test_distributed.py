@@ -172,6 +172,26 @@ def test_a_kill_within_the_validation_loses_no_step(tmp_path: Path) -> None:
     assert [record["epoch"] for record in read_metrics(done.path) if "valid_perplexity" in record] == [1, 2]
 
 
+def test_a_signal_to_one_stops_both_at_the_same_step_and_both_save_together(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import math, os, signal, unrolled\n"
+        "from unrolled.training import loop, resume\n"
+        "resume.SAVING_SHARE, taken, step = math.inf, [], loop.clip_and_step\n"
+        "def counted(*rest):\n"
+        "    taken.append(0)\n"
+        "    if os.environ['RANK'] == '1' and len(taken) == 30:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return step(*rest)\n"
+        "loop.clip_and_step = counted\n"
+        f"changes = {TWO_EPOCHS!r} | {{'training.save_every': 7}}\n"
+        f"run = unrolled.train('demo', data='toy', out={str(tmp_path / 'run')!r}, changes=changes)\n"
+        "print(run.manifest['status'], run.manifest['steps'], flush=True)\n",
+        encoding="utf-8",
+    )
+    assert run([*TORCHRUN, str(script)]).stdout.splitlines() == ["stopped 30", "stopped 30"]
+
+
 def test_what_cannot_be_shared_out_is_refused() -> None:
     recipe = load_recipe("demo")
     with pytest.raises(UnrolledError, match=r"3 processes take --training.batch-size 3 or more"):
